@@ -1,0 +1,55 @@
+# Every target installs what it needs into .venv first. Needs Python 3.11-3.13, make and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SNAKEMAKE := $(BIN)/snakemake --cores all --rerun-incomplete
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce install test check smoke figures report bench lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+reproduce: $(INSTALLED)  ## install, run the default suite (config/mini.yaml), draw its tables and figures
+	$(SNAKEMAKE)
+	@cat runs/mini/figures/table1.md
+	@echo "Tables and figures: runs/mini/figures/"
+
+install: $(INSTALLED)  ## only install
+
+$(INSTALLED): pyproject.toml constraints/main.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed; say which: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/main.txt -e '.[dev,trl]'
+	@touch $@
+
+test: $(INSTALLED)  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## linters, types, formats of code and workflow
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+smoke: $(INSTALLED)  ## the whole graph at the smallest size
+	$(SNAKEMAKE) --config suite=smoke
+
+figures: $(INSTALLED)  ## redraw every published table and figure from results/, training nothing
+	$(SNAKEMAKE) -F paper_figures
+
+report: $(INSTALLED)  ## one HTML file with the default suite's tables and figures
+	$(BIN)/snakemake --report runs/report.html
+	@echo runs/report.html
+
+bench: $(INSTALLED)  ## speed and memory, measured side by side
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rollout.py
+
+lock: $(INSTALLED)  ## regenerate constraints/main.txt and environment.yml
+	$(BIN)/python constraints/lock.py
+
+clean:  ## remove runs and caches; published results and .venv stay
+	rm -rf runs .snakemake .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,196 @@
+"""The command line: what every workflow rule calls, usable without Snakemake.
+
+    python -m cppo data      --suite config/mini.yaml --setting base     problems and lm-eval tasks
+    python -m cppo base      --suite config/mini.yaml --setting base     the warm start
+    python -m cppo runs      --suite config/mini.yaml                    run ids
+    python -m cppo train     --suite config/mini.yaml --run ID           a run, or the rest of it
+    python -m cppo evaluate  --suite config/mini.yaml --run ID           its scores (or --setting NAME: the base model's)
+    python -m cppo collect   --suite config/mini.yaml                    tables in runs/mini/
+    python -m cppo publish   mini                                        check them and copy to results/mini/
+    python -m cppo check-suite config/mini.yaml                          is it valid?
+    python -m cppo objectives                                            every objective with its settings
+    python -m cppo settings                                              every key of a suite
+
+A user's mistake is one line on standard error and exit code 2.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cppo.config import Suite, find_base, find_run, load_suite
+
+# Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
+
+
+def data(args: argparse.Namespace) -> None:
+    """Write the problems and lm-eval tasks of a setting."""
+    from cppo.lm_task import write_task
+    from cppo.problems import make_problems, write_problems
+
+    base = find_base(_suite(args), args.setting)
+    folder = Path(args.root) / base.data
+    for name, problems in make_problems(base.plan.task, base.setting).items():
+        write_problems(problems, folder / f"{name}.jsonl")
+    how = base.evaluation
+    for benchmark in base.plan.task.benchmarks:
+        write_task(
+            folder / "lm_eval",
+            benchmark.name,
+            folder / f"{benchmark.name}.jsonl",
+            how.samples,
+            how.temperature,
+            how.top_p,
+            base.plan.rollout.max_response_tokens,
+        )
+
+
+def base(args: argparse.Namespace) -> None:
+    """Make the base model of a setting."""
+    from cppo.base import warm_start
+    from cppo.problems import read_problems
+
+    config = find_base(_suite(args), args.setting)
+    problems = read_problems(Path(args.root) / config.data / "train.jsonl")
+    warm_start(config, problems, Path(args.root) / config.folder)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a run, or continue it."""
+    from cppo.problems import read_problems
+    from cppo.train import train as train_run
+
+    run, root = find_run(_suite(args), args.run), Path(args.root)
+    start = root / run.base.folder / "checkpoints" / "step-0"
+    if not start.is_dir():
+        raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
+    train_run(run, start, read_problems(root / run.base.data / "train.jsonl"), root / run.folder)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score all checkpoints of a run, or the base model of a setting."""
+    from cppo.evaluate import evaluate as score
+
+    suite, root = _suite(args), Path(args.root)
+    if args.run is not None:
+        run = find_run(suite, args.run)
+        score(run, root / run.folder, root / run.base.data)
+    else:
+        config = find_base(suite, args.setting)
+        score(config, root / config.folder, root / config.data)
+
+
+def runs(args: argparse.Namespace) -> None:
+    """List the suite's runs."""
+    for run in _suite(args).runs():
+        print(f"{run.id}  {run.setting}  {run.label}  seed {run.seed}")
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Write the suite's tables to runs/<suite>/."""
+    from cppo.tables import collect as write
+
+    write(_suite(args), Path(args.root), Path(args.root) / Path(args.suite).stem)
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Check a suite's tables and copy them to results/<suite>/."""
+    from cppo.tables import publish as copy
+
+    copy(Path(args.root) / args.name, Path(args.results) / args.name)
+
+
+def check_suite(args: argparse.Namespace) -> None:
+    """Check a suite's file."""
+    suite = _suite(args)
+    print(f"{args.suite}: {len(suite.runs())} runs, {len(suite.bases())} base models")
+
+
+def objectives(args: argparse.Namespace) -> None:
+    """Print every registered objective: what it is, its settings with defaults and meaning."""
+    from cppo.objectives import names, spec
+
+    for name in names():
+        found = spec(name)
+        print(f"{name}{'  (needs a divergence)' if found.divergence else ''}")
+        print("    " + inspect.getdoc(found.function).replace("\n", "\n    "))  # type: ignore[union-attr]
+        described = field_docs(found.settings)
+        for field in dataclasses.fields(found.settings):
+            print(f"      {field.name} = {json.dumps(field.default)}  {described[field.name]}")
+        print()
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the sentence below it in the source, parents included."""
+    import ast
+    import textwrap
+
+    found: dict[str, str] = {}
+    for kind in reversed([k for k in cls.__mro__ if dataclasses.is_dataclass(k)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for item, below in itertools.pairwise(body):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(below, ast.Expr):
+                found[item.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def settings(args: argparse.Namespace) -> None:
+    """Print the JSON schema of a suite: every key with its type, default and meaning."""
+    print(json.dumps(Suite.model_json_schema(), indent=1))
+
+
+def _suite(args: argparse.Namespace) -> Suite:
+    return load_suite(args.suite, tuple(getattr(args, "baseline", None) or ()))
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    top = argparse.ArgumentParser("python -m cppo", description="Trust-region rules in LLM reinforcement learning.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def add(function: Any, *arguments: str) -> argparse.ArgumentParser:
+        name = function.__name__.replace("_", "-")
+        command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        command.set_defaults(function=function)
+        if "suite" in arguments:
+            command.add_argument("--suite", default="config/mini.yaml", help="the suite's YAML file")
+            command.add_argument("--baseline", action="append", help="one more objective entry, as JSON")
+            command.add_argument("--root", default="runs", help="where runs are kept")
+        return command
+
+    for function in (data, base):
+        add(function, "suite").add_argument("--setting", required=True, help="name of a setting of the suite")
+    add(train, "suite").add_argument("--run", required=True, help="a run's id (see: runs)")
+    which = add(evaluate, "suite").add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", help="a run's id (see: runs)")
+    which.add_argument("--setting", help="the base model of this setting")
+    for function in (runs, collect):
+        add(function, "suite")
+    command = add(publish)
+    command.add_argument("name", help="name of the suite")
+    command.add_argument("--root", default="runs", help="where runs are kept")
+    command.add_argument("--results", default="results", help="where published tables are kept")
+    add(check_suite).add_argument("suite", help="the suite's YAML file")
+    for function in (objectives, settings):
+        add(function)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 = done, 2 = a user's mistake."""
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except ValueError as error:
+        print(f"cppo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,516 @@
+"""Suites and runs: frozen, fully checked configuration.
+
+A suite (`config/<name>.yaml`) names settings (model, task, rollout plan, optimiser), objectives, seeds and the
+evaluation. `load_suite` checks all of it before anything is computed and turns it into runs, one for each
+setting x objective x seed. A run's id is the hash of its fully resolved configuration without the suite's name, so equal
+runs of two suites are one run.
+
+Every error is a ValueError of one line: file, key, what is wrong.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+"""Lower-case letters, digits, - and _: names become parts of paths."""
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Betas = tuple[Share, Share]
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """Frozen; an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Config):
+    """A small causal language model of a real architecture, saved as an ordinary Hugging Face checkpoint."""
+
+    architecture: Literal["qwen3", "qwen3_moe"] = "qwen3"
+    """Which transformers configuration to make small."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    layers: Count
+    """Decoder layers."""
+    heads: Count
+    """Query heads."""
+    kv_heads: Count
+    """Key and value heads; divides `heads`."""
+    head_dim: Count
+    """Width of one head."""
+    intermediate_size: Count
+    """Width of the feed-forward layer; of one expert for qwen3_moe."""
+    experts: Annotated[int, Field(ge=0)] = 0
+    """Experts a layer (qwen3_moe only)."""
+    experts_per_token: Annotated[int, Field(ge=0)] = 0
+    """Experts that each token uses (qwen3_moe only)."""
+    tied: bool = True
+    """Whether the output head shares the embedding's weights."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Model":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if (self.architecture == "qwen3_moe") != (self.experts > 0):
+            raise ValueError("experts is for architecture qwen3_moe, which needs at least 1")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} must be between 1 and experts {self.experts}")
+        return self
+
+
+class Benchmark(Config):
+    """A held-out set of problems of one difficulty; stands in for one AIME year."""
+
+    name: Name
+    """The lm-eval task's name."""
+    steps: Annotated[int, Field(ge=1, le=20)]
+    """Length of every chain in it."""
+    problems: Count
+    """How many problems."""
+
+
+class Task(Config):
+    """The noisy modular chain (see `cppo.problems`): step-by-step arithmetic modulo 10 with a boxed answer."""
+
+    family: Literal["chain"] = "chain"
+    """Kind of problem."""
+    steps: tuple[Annotated[int, Field(ge=1, le=20)], ...] = Field(min_length=1)
+    """Chain lengths of the training problems, equally often."""
+    problems: Count
+    """Size of the training set; reused in a new order when exhausted."""
+    weak: Share
+    """Probability that an entry of the arithmetic table is shown wrongly most of the time in the warm start."""
+    benchmarks: tuple[Benchmark, ...] = Field(min_length=1)
+    """Held-out sets, disjoint from the training problems."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Task":
+        _unique([b.name for b in self.benchmarks], "benchmarks: name")
+        return self
+
+
+class WarmStart(Config):
+    """Supervised training on noisy demonstrations that makes the base model; one for all runs of a setting."""
+
+    max_steps: Count
+    """Give up (with an error) when `target_accuracy` is not reached by then."""
+    target_accuracy: Share
+    """Stop at this sampled accuracy (temperature 1), the mean over the task's training lengths."""
+    check_every: Count
+    """Steps between two measurements of the accuracy."""
+    batch: Count
+    """Demonstrations a step."""
+    lr: Positive
+    """Peak learning rate of AdamW; linear warm-up, then cosine to a tenth at `max_steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    """Steps of linear warm-up."""
+    betas: Betas = (0.9, 0.98)
+    """AdamW's averaging coefficients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm."""
+
+
+class RolloutPlan(Config):
+    """How many responses are sampled and how they are split into updates (Table 3's columns)."""
+
+    prompts: Count
+    """Prompts a rollout."""
+    responses: Annotated[int, Field(ge=2)]
+    """Responses a prompt; the group whose mean is the baseline."""
+    minibatch: Count
+    """Prompts a minibatch (one optimiser step); divides `prompts`."""
+    max_response_tokens: Count
+    """Longest response; a longer one is truncated and judged as it is."""
+    temperature: Positive = 1.0
+    """Sampling temperature; the log-probabilities of both policies are taken at it."""
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps a rollout."""
+        return self.prompts // self.minibatch
+
+    @model_validator(mode="after")
+    def _divides(self) -> "RolloutPlan":
+        if self.prompts % self.minibatch:
+            raise ValueError(f"minibatch {self.minibatch} does not divide prompts {self.prompts}")
+        return self
+
+
+class Optimizer(Config):
+    """AdamW on the policy."""
+
+    lr: Positive
+    """Learning rate after the warm-up; constant."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    """Optimiser steps of linear warm-up."""
+    betas: Betas = (0.9, 0.999)
+    """Averaging coefficients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm."""
+
+
+class Critic(Config):
+    """PPO's value model: separate, started from the base model, with its own optimiser."""
+
+    lr_factor: Positive = 10.0
+    """Its learning rate in units of the policy's."""
+    gamma: Share = 1.0
+    """Discount."""
+    lam: Share = 0.95
+    """GAE's lambda."""
+    value_clip: Positive = 0.2
+    """How far a value may move from the rollout's before its gradient is dropped."""
+
+
+class Setting(Config):
+    """One column of the paper's tables: a base model with its task and training plan."""
+
+    title: Annotated[str, Field(min_length=1, max_length=60)]
+    """What tables and figures call it."""
+    model: Model
+    """The architecture."""
+    task: Task
+    """Training and held-out problems."""
+    warm_start: WarmStart
+    """How the base model is made."""
+    rollout: RolloutPlan
+    """Rollouts and minibatches."""
+    optimizer: Optimizer
+    """The policy's optimiser."""
+    critic: Critic = Critic()
+    """For advantages `gae` only."""
+    iterations: Count
+    """Rollouts in a run."""
+    checkpoint_every: Count
+    """Iterations between two scored checkpoints; divides `iterations`."""
+    collapse_after: Count = 5
+    """Non-finite updates in a row after which the run ends and is reported as collapsed."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Setting":
+        if self.iterations % self.checkpoint_every:
+            raise ValueError(f"checkpoint_every {self.checkpoint_every} does not divide iterations {self.iterations}")
+        longest = max((*self.task.steps, *(b.steps for b in self.task.benchmarks)))
+        needed = 6 * longest + 4
+        if self.rollout.max_response_tokens < needed:
+            raise ValueError(
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} is too short: "
+                f"a chain of {longest} steps takes {needed} tokens"
+            )
+        return self
+
+
+class Evaluation(Config):
+    """Avg@k on the held-out sets, through lm-eval."""
+
+    samples: Count
+    """Responses a problem: the k of Avg@k."""
+    temperature: Positive = 0.7
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus: the smallest set of tokens with at least this probability."""
+
+
+class Divergence(Config):
+    """Which estimate of the token divergence a divergence rule gets."""
+
+    estimator: Literal["binary", "top_k", "exact"]
+    """binary = the sampled token against the rest; top_k = mu's K likeliest, the sampled one, the rest; exact = all."""
+    kind: Literal["tv", "kl"] = "tv"
+    """Total variation, or KL from mu to pi."""
+    k: Count | None = None
+    """K of top_k; must be below the vocabulary's size."""
+    support: Literal["union", "replace"] | None = None
+    """top_k: add the sampled token to the K (union, default), or overwrite the K-th with it (replace)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Divergence":
+        if (self.estimator == "top_k") != (self.k is not None):
+            raise ValueError("k is for estimator top_k, which needs it")
+        if self.support is not None and self.estimator != "top_k":
+            raise ValueError("support is for estimator top_k")
+        return self
+
+
+class ObjectiveEntry(Config):
+    """One row of the tables: an objective with its settings."""
+
+    name: Name
+    """Its label in tables, figures and paths."""
+    objective: str
+    """A registered objective (`python -m cppo objectives`), or "module:function" of your own."""
+    settings: dict[str, Any] = {}
+    """The objective's own settings; what is not given keeps its default."""
+    by_setting: dict[Name, dict[str, Any]] = {}
+    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3)."""
+    divergence: Divergence | None = None
+    """The divergence; exactly for the rules that need one."""
+    advantage: Literal["grpo", "dr_grpo", "gae"] = "grpo"
+    """grpo = (R - mean) / std in the group; dr_grpo = R - mean; gae = from a critic."""
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"
+    ] = "token-mean"
+    """How token losses become one (see `cppo.loss.policy_loss`)."""
+
+
+class RunConfig(Config):
+    """Everything that determines a run's numbers, nothing else."""
+
+    label: Name
+    """The objective entry's name."""
+    setting: Name
+    """The setting's name; an axis of the seeds."""
+    seed: Annotated[int, Field(ge=0)]
+    """Varies the order of problems and the sampling; the base model is shared."""
+    plan: Setting
+    """The setting."""
+    objective: ObjectiveEntry
+    """The objective, with every setting spelled out."""
+    evaluation: Evaluation
+    """How its checkpoints are scored."""
+
+    @property
+    def id(self) -> str:
+        """The run's id: hash of this configuration."""
+        return content_hash(self)
+
+    @property
+    def folder(self) -> str:
+        """The run directory under the root (`runs/`)."""
+        return f"train/{self.label}/{self.id}"
+
+    @property
+    def base(self) -> "BaseConfig":
+        """The warm start that this run begins from."""
+        return BaseConfig(setting=self.setting, plan=self.plan, evaluation=self.evaluation)
+
+
+class BaseConfig(Config):
+    """What determines a base model and its score."""
+
+    setting: Name
+    """The setting's name; an axis of the seeds."""
+    plan: Setting
+    """The setting; of its keys only model, task, warm_start and the longest response count."""
+    evaluation: Evaluation
+    """How it is scored."""
+
+    @property
+    def id(self) -> str:
+        """The base model's id: hash of what it depends on."""
+        plan = self.plan
+        parts = [
+            self.setting,
+            plan.model,
+            plan.task,
+            plan.warm_start,
+            plan.rollout.max_response_tokens,
+            self.evaluation,
+        ]
+        return content_hash(parts)
+
+    @property
+    def folder(self) -> str:
+        """The base model's directory under the root."""
+        return f"base/{self.setting}/{self.id}"
+
+    @property
+    def data(self) -> str:
+        """The directory of its problems and lm-eval tasks under the root."""
+        parts = [self.setting, self.plan.task, self.plan.rollout.max_response_tokens, self.evaluation]
+        return f"data/{self.setting}/{content_hash(parts)}"
+
+
+class Suite(Config):
+    """A whole comparison: settings x objectives x seeds."""
+
+    description: str
+    """What the suite is for."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Each objective runs once with each."""
+    settings: dict[Name, Setting] = Field(min_length=1)
+    """The tables' columns."""
+    evaluation: Evaluation
+    """The same for all."""
+    objectives: tuple[ObjectiveEntry, ...] = Field(min_length=1)
+    """The tables' rows."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Suite":
+        _unique([o.name for o in self.objectives], "objectives: name")
+        _unique(self.seeds, "seeds")
+        for entry in self.objectives:
+            if entry.name == "base":
+                raise ValueError("objectives: the name 'base' is taken by the tables' base row")
+            for name in entry.by_setting:
+                if name not in self.settings:
+                    raise ValueError(f"objectives.{entry.name}.by_setting.{name}: no such setting in this suite")
+        return self
+
+    def runs(self) -> tuple[RunConfig, ...]:
+        """All runs, settings first, then objectives, then seeds."""
+        return tuple(
+            RunConfig(
+                label=entry.name,
+                setting=name,
+                seed=seed,
+                plan=plan,
+                objective=_spelled_out(entry, name),
+                evaluation=self.evaluation,
+            )
+            for name, plan in self.settings.items()
+            for entry in self.objectives
+            for seed in self.seeds
+        )
+
+    def bases(self) -> tuple[BaseConfig, ...]:
+        """The base models, one a setting."""
+        return tuple(
+            BaseConfig(setting=name, plan=plan, evaluation=self.evaluation) for name, plan in self.settings.items()
+        )
+
+
+def content_hash(value: object) -> str:
+    """Ten hex digits of the SHA-256 of the value's canonical JSON."""
+
+    def plain(x: object) -> object:
+        return x.model_dump(mode="json") if isinstance(x, BaseModel) else str(x)
+
+    text = json.dumps(value, sort_keys=True, default=plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
+    """The checked suite in the YAML file at `path`, with `baselines` (JSON objective entries) appended to its objectives.
+
+    Raises ValueError, one line with file and key, for anything that could not run.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    if baselines and isinstance(raw, dict) and isinstance(raw.get("objectives"), list):
+        raw = {**raw, "objectives": [*raw["objectives"], *(json.loads(b) for b in baselines)]}
+    suite: Suite = parse(Suite, raw, str(path))
+    for entry in suite.objectives:
+        for name, plan in suite.settings.items():
+            try:
+                _check_objective(_spelled_out(entry, name), plan)
+            except ValueError as error:
+                raise ValueError(f"{path}: objectives.{entry.name}.{error}") from None
+    return suite
+
+
+def find_run(suite: Suite, run_id: str) -> RunConfig:
+    """The suite's run with this id. Raises ValueError when there is none."""
+    for run in suite.runs():
+        if run.id == run_id:
+            return run
+    raise ValueError(f"--run {run_id}: no such run in the suite; `python -m cppo runs` lists them")
+
+
+def find_base(suite: Suite, setting: str) -> BaseConfig:
+    """The base model of this setting. Raises ValueError when there is none."""
+    for base in suite.bases():
+        if base.setting == setting:
+            return base
+    raise ValueError(f"--setting {setting}: not in the suite; it has {', '.join(suite.settings)}")
+
+
+def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
+    """`raw` (plain data) as a checked `kind`; ValueError of one line naming `where` and the key otherwise."""
+    try:
+        text = json.dumps(raw, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: not plain data: {error}") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(first["type"], first["msg"])
+        message = message.removeprefix("Value error, ")
+        raise ValueError(f"{where}: {key + ': ' if key else ''}{message}".replace("\n", " ")) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"{path}: cannot be read ({reason}); suites are YAML files such as config/mini.yaml") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"{path}:{line} not valid YAML: {problem}".replace("\n", " ")) from None
+
+
+def _unique(values: Any, what: str) -> None:
+    for value in values:
+        if list(values).count(value) > 1:
+            raise ValueError(f"{what} {value!r} is given twice")
+
+
+def _spelled_out(entry: ObjectiveEntry, setting: str) -> ObjectiveEntry:
+    """The entry for one setting, every objective setting explicit, so that a changed default changes the run's id."""
+    # Imported late: this module must load without torch, which the objectives need.
+    import dataclasses
+
+    from cppo.objectives import settings_of
+
+    values = {**entry.settings, **entry.by_setting.get(setting, {})}
+    try:
+        resolved = dataclasses.asdict(settings_of(entry.objective, **values))
+    except ValueError as error:
+        key = "settings." if error.args[0].split(":")[0] in values else ""
+        raise ValueError(f"{key}{error}") from None
+    return entry.model_copy(update={"settings": resolved, "by_setting": {}})
+
+
+def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
+    """ValueError for a combination that cannot run."""
+    from cppo.objectives import spec
+    from cppo.problems import VOCABULARY
+
+    if spec(entry.objective).divergence != (entry.divergence is not None):
+        need = "needs one" if entry.divergence is None else "uses none"
+        raise ValueError(f"divergence: objective {entry.objective} {need}")
+    k = entry.divergence.k if entry.divergence else None
+    if k is not None and k >= len(VOCABULARY):
+        raise ValueError(f"divergence.k: {k} must be below the vocabulary's size {len(VOCABULARY)}")

@@ -1,0 +1,70 @@
+"""What is measured of an update besides the loss, as (sum, count): entropy, drift, mismatch, effective budget.
+
+Legend: B rows, T tokens. mu = rollout policy, pi = current policy. All without gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from cppo.loss import Metrics
+from cppo.objectives import Objective, Tokens
+from cppo.objectives.divergence import CPPO, prefix_sums
+
+
+def probability_shift(tokens: Tokens) -> Tensor:
+    """abs(pi(y_t) - mu(y_t)) [B, T], 0 outside the mask: the drift of the paper's Figure 2."""
+    shift = (tokens.logp.detach().exp() - tokens.rollout_logp.exp()).abs()
+    return torch.where(tokens.mask, shift, 0)
+
+
+def token_metrics(objective: Objective, tokens: Tokens, entropy: Tensor) -> Metrics:
+    """Means over trained tokens, and CPPO's effective budget as a mean over responses.
+
+    relative_logprob_error: sum abs(log pi - log mu) / sum abs(log mu), over everything the iteration trained on.
+    """
+    mask = tokens.mask
+    count = float(mask.sum())
+    error = torch.where(mask, (tokens.logp.detach() - tokens.rollout_logp).abs(), 0)
+    metrics: Metrics = {
+        "entropy": (float(torch.where(mask, entropy, 0).sum()), count),
+        "drift": (float(probability_shift(tokens).sum()), count),
+        "relative_logprob_error": (float(error.sum()), float(torch.where(mask, tokens.rollout_logp.abs(), 0).sum())),
+    }
+    if isinstance(objective.settings, CPPO) and objective.settings.delta_b is not None:
+        rows = mask.any(-1)
+        delta_b = prefix_sums(objective.settings, tokens).delta_b
+        metrics["delta_b"] = (float(torch.where(rows, delta_b, 0).sum()), float(rows.sum()))
+    return metrics
+
+
+def add(total: Metrics, part: Metrics) -> None:
+    """Add `part` to `total` in place, name by name."""
+    for name, (value, count) in part.items():
+        old_value, old_count = total.get(name, (0.0, 0.0))
+        total[name] = (old_value + value, old_count + count)
+
+
+def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float]]:
+    """Drift by position in bins of `width` tokens: count, sum, and the same of the largest tenth (the tail).
+
+    shift: [B, T] of `probability_shift`; positions count trained tokens from 1.
+    """
+    values, position = shift[mask], mask.cumsum(-1)[mask]
+    bins = (position - 1) // width
+    order = torch.argsort(values, descending=True)
+    values, bins = values[order], bins[order]
+    found = []
+    for b in range(int(bins.max()) + 1 if len(bins) else 0):
+        inside = values[bins == b]  # still in falling order
+        tail = inside[: max(len(inside) // 10, 1)]
+        found.append(
+            {
+                "first": b * width + 1,
+                "last": (b + 1) * width,
+                "count": len(inside),
+                "sum": float(inside.sum()),
+                "tail_count": len(tail),
+                "tail_sum": float(tail.sum()),
+            }
+        )
+    return found

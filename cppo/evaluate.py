@@ -1,0 +1,195 @@
+"""Avg@k of checkpoints on the held-out sets, through lm-eval with our rollout engine as its model.
+
+All checkpoints of a run are scored in one process. The sampling noise depends on (setting, seed, benchmark, problem,
+sample) only, so it is the same at every checkpoint and for every objective.
+"""
+
+import csv
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
+
+from cppo.config import BaseConfig, RunConfig
+from cppo.policy import load_pretrained, load_tokenizer
+from cppo.rollout.torch_engine import TorchEngine
+from cppo.seeds import uniforms
+
+
+@dataclass(frozen=True)
+class Score:
+    """One problem at one checkpoint: a row of the scores table."""
+
+    run: str
+    """Run id; the base model's id for label "base"."""
+    label: str
+    setting: str
+    seed: int
+    step: int
+    """Iterations of training before the checkpoint."""
+    benchmark: str
+    problem: str
+    """Problem id."""
+    correct: int
+    """Right samples."""
+    samples: int
+    """All samples, the k of Avg@k."""
+    unjudged: int
+    """Samples without a verdict; not among the right ones."""
+    mean_length: float
+    """Tokens a response."""
+    truncated: int
+    """Samples that reached the longest length."""
+
+
+@register_model("cppo")
+class CheckpointLM(LM):  # type: ignore[misc]
+    """A checkpoint folder as an lm-eval model, sampled by our KV-cache loop with named seeds."""
+
+    def __init__(self, pretrained: str, setting: str, seed: int) -> None:
+        super().__init__()
+        self.model, self.tokenizer = load_pretrained(pretrained), load_tokenizer(pretrained)
+        self.setting, self.seed_axis = setting, int(seed)
+        self.lengths: dict[tuple[str, str], list[tuple[int, bool]]] = {}
+        """(task, problem id) -> (tokens, truncated) of each sample."""
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """One text a request; a request that occurs k times is the same prompt with samples 0..k-1."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps([request.task_name, request.args[1]], sort_keys=True), []).append(i)
+        texts = [""] * len(requests)
+        for key, rows in groups.items():
+            options = json.loads(key)[1]
+            if options.get("until"):
+                raise ValueError(f"generation_kwargs.until: {options['until']!r}: responses end at the end token only")
+            seen: Counter[str] = Counter()
+            noise = []
+            for i in rows:
+                problem = requests[i].doc["id"]
+                axes = ("evaluate", self.setting, self.seed_axis, requests[i].task_name, problem, seen[problem])
+                noise.append(uniforms(1, options["max_gen_toks"], *axes))
+                seen[problem] += 1
+            prompts = [self.tokenizer(requests[i].args[0]).input_ids for i in rows]
+            rollouts = TorchEngine(self.model).generate(
+                prompts, torch.cat(noise), options["temperature"], options["top_p"]
+            )
+            decoded = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
+            for row, i in enumerate(rows):
+                texts[i] = decoded[row]
+                name = (requests[i].task_name, requests[i].doc["id"])
+                sizes = (int(rollouts.lengths[row]), bool(rollouts.truncated[row]))
+                self.lengths.setdefault(name, []).append(sizes)
+        return texts
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise ValueError("model cppo generates only; score log-likelihoods with lm-eval's own hf model")
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise ValueError("model cppo generates only; score log-likelihoods with lm-eval's own hf model")
+
+
+def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
+    """Score every checkpoint under `folder` and write scores.csv; checkpoints but the best and the last are deleted.
+
+    Each checkpoint's rows are kept under scores/ as they come, so an interrupted evaluation continues.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    (folder / "scores").mkdir(exist_ok=True)
+    tasks = TaskManager(include_path=str(data / "lm_eval"), include_defaults=False)
+    for checkpoint in _checkpoints(folder):
+        step = _step(checkpoint)
+        part = folder / "scores" / f"step-{step}.csv"
+        if not part.exists():
+            write_scores(part, _score(config, checkpoint, step, tasks))
+    parts = sorted((folder / "scores").glob("step-*.csv"), key=_step)
+    scores = [score for part in parts for score in read_scores(part)]
+    if not scores:
+        raise ValueError(f"{folder}: no checkpoint to score; train it first")
+    write_scores(folder / "scores.csv", scores)
+    means = checkpoint_means(scores)
+    for checkpoint in _checkpoints(folder):
+        if _step(checkpoint) not in (max(means), max(means, key=means.__getitem__)):
+            shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted((p for p in found if not p.name.endswith(".partial")), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: TaskManager) -> list[Score]:
+    seed = config.seed if isinstance(config, RunConfig) else 0
+    label = config.label if isinstance(config, RunConfig) else "base"
+    model = CheckpointLM(str(checkpoint), config.setting, seed)
+    names = [benchmark.name for benchmark in config.plan.task.benchmarks]
+    found: dict[str, Any] | None = lm_eval.simple_evaluate(
+        model=model, tasks=list(names), task_manager=tasks, bootstrap_iters=0, log_samples=True
+    )
+    assert found is not None
+    scores = []
+    for name in names:
+        for sample in found["samples"][name]:
+            sizes = model.lengths[name, sample["doc"]["id"]]
+            count = len(sizes)
+            scores.append(
+                Score(
+                    run=config.id,
+                    label=label,
+                    setting=config.setting,
+                    seed=seed,
+                    step=step,
+                    benchmark=name,
+                    problem=sample["doc"]["id"],
+                    correct=round(sample["avg"] * count),
+                    samples=count,
+                    unjudged=round(sample["unjudged"] * count),
+                    mean_length=sum(length for length, _ in sizes) / count,
+                    truncated=sum(truncated for _, truncated in sizes),
+                )
+            )
+    return scores
+
+
+def checkpoint_means(scores: list[Score]) -> dict[int, float]:
+    """Step -> unweighted mean over benchmarks of Avg@k, the paper's score."""
+    sums: dict[int, dict[str, list[float]]] = {}
+    for score in scores:
+        sums.setdefault(score.step, {}).setdefault(score.benchmark, []).append(score.correct / score.samples)
+    return {step: sum(sum(rates) / len(rates) for rates in sets.values()) / len(sets) for step, sets in sums.items()}
+
+
+def write_scores(path: Path, scores: list[Score]) -> None:
+    """Rows as CSV, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, [f.name for f in fields(Score)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(score) for score in scores)
+    os.replace(partial, path)
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The rows of `write_scores`. Raises ValueError naming the file when the columns differ."""
+    names = [f.name for f in fields(Score)]
+    with path.open(newline="", encoding="utf-8") as source:
+        reader = csv.DictReader(source)
+        if reader.fieldnames != names:
+            raise ValueError(f"{path}: columns are not {', '.join(names)}; delete it and evaluate again")
+        types = {f.name: f.type for f in fields(Score)}
+        return [Score(**{k: types[k](v) for k, v in row.items()}) for row in reader]  # type: ignore[operator]

@@ -1,0 +1,69 @@
+"""What our lm-eval task files call: `!function utils.load`, `!function utils.process_results`.
+
+Works with this package's own evaluation and with the stock `lm_eval` command alike.
+"""
+
+import atexit
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from cppo.problems import read_problems
+from cppo.rewards import Judge
+
+TEMPLATE = """\
+task: {name}
+custom_dataset: !function utils.load
+dataset_kwargs: {{path: {path}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+process_results: !function utils.process_results
+repeats: {samples}
+generation_kwargs: {{until: [], do_sample: true, temperature: {temperature}, top_p: {top_p}, top_k: 0, max_gen_toks: {tokens}}}
+filter_list:
+  - name: all
+    filter: [{{function: take_first_k, k: {samples}}}]
+metric_list:
+  - {{metric: avg, aggregation: mean, higher_is_better: true}}
+  - {{metric: unjudged, aggregation: mean, higher_is_better: false}}
+metadata: {{version: 1}}
+"""
+
+
+def write_task(
+    folder: Path, name: str, problems: Path, samples: int, temperature: float, top_p: float, tokens: int
+) -> None:
+    """Write the lm-eval task `name` over a problem file: Avg@`samples`, every sample counted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = TEMPLATE.format(
+        name=name, path=problems.resolve(), samples=samples, temperature=temperature, top_p=top_p, tokens=tokens
+    )
+    (folder / f"{name}.yaml").write_text(text)
+    (folder / "utils.py").write_text("from cppo.lm_task import load, process_results  # noqa: F401\n")
+
+
+def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
+    """The problem file as lm-eval's data set."""
+    rows = [vars(problem) for problem in read_problems(path)]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
+    """Judge all samples of one problem: avg = share of right ones (an unjudged one is not right), unjudged = share."""
+    verdicts = [_judge().verdict(response, doc["answer"]) for response in results[0]]
+    return {
+        "avg": sum(v == 1.0 for v in verdicts) / len(verdicts),
+        "unjudged": sum(v is None for v in verdicts) / len(verdicts),
+    }
+
+
+@lru_cache(maxsize=1)
+def _judge() -> Judge:
+    """One judge a process; lm-eval calls plain functions, so there is nobody to hand it in."""
+    judge = Judge()
+    atexit.register(judge.close)
+    return judge

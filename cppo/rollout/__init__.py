@@ -1,0 +1,106 @@
+"""Rollouts: responses sampled from the frozen policy mu, with what was recorded of mu at sampling.
+
+One protocol, several engines; `torch_engine` runs everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rollout keeps of mu besides the sampled token's log-probability."""
+
+    top_k: int = 0
+    """K likeliest tokens of each position with their log-probabilities; 0 = none."""
+    full: bool = False
+    """The whole distribution (small vocabularies only)."""
+
+
+NOTHING = Record()
+"""Keep the sampled token's log-probability only."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B sampled responses, right-padded to T tokens. Log-probabilities are float32, after the temperature."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    """B prompts as token ids."""
+    responses: Tensor
+    """[B, T] int64 token ids; the end-of-sequence token belongs to the response."""
+    mask: Tensor
+    """[B, T] bool: sampled tokens."""
+    truncated: Tensor
+    """[B] bool: reached the longest length without an end-of-sequence token."""
+    logp: Tensor
+    """[B, T] log mu(y_t), 0 in padding."""
+    topk_ids: Tensor | None = None
+    """[B, T, K] int32, likeliest first."""
+    topk_logp: Tensor | None = None
+    """[B, T, K]."""
+    logp_all: Tensor | None = None
+    """[B, T, V]."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] response lengths in tokens."""
+        return self.mask.sum(-1)
+
+    def rows(self, index: Tensor) -> "Rollouts":
+        """These rows, trimmed to the longest of them."""
+        width = max(int(self.lengths[index].max()), 1)
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index, :width]
+
+        return Rollouts(
+            prompts=tuple(self.prompts[i] for i in index.tolist()),
+            responses=self.responses[index, :width],
+            mask=self.mask[index, :width],
+            truncated=self.truncated[index],
+            logp=self.logp[index, :width],
+            topk_ids=pick(self.topk_ids),
+            topk_logp=pick(self.topk_logp),
+            logp_all=pick(self.logp_all),
+        )
+
+
+class Engine(Protocol):
+    """Samples responses."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float = 1.0,
+        record: Record = NOTHING,
+    ) -> Rollouts:
+        """One response a prompt, of at most T tokens.
+
+        uniforms: [B, T] in [0, 1), the sampling noise of each row and position.
+        top_p: sample from the smallest set of tokens with at least this probability; the recorded log-probabilities
+        are those before this cut.
+        """
+        ...
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling. logits [B, V], uniforms [B] -> (ids [B], log-probabilities [B, V] at the temperature)."""
+    logp = torch.log_softmax(logits.float() / temperature, -1)
+    probability = logp.exp()
+    if top_p < 1:
+        ordered, order = probability.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the mass before it already suffices
+        probability = probability.scatter(-1, order, ordered.masked_fill(outside, 0))
+    cdf = probability.cumsum(-1)
+    threshold = uniforms.unsqueeze(-1) * cdf[:, -1:]
+    ids = (cdf <= threshold).sum(-1)  # the first entry whose CDF exceeds the threshold
+    # Rounding of u * total can reach the total: then take the last token that has any probability.
+    last = probability.shape[-1] - 1 - (probability.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(ids, last), logp

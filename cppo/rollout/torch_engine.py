@@ -1,0 +1,170 @@
+"""Rollout engine on transformers' own layers: a KV-cache loop that runs on any device.
+
+What makes it fast at small size: a preallocated cache, prompts grouped by equal length (so no padding and no attention
+mask), every distinct prompt prefilled once, finished rows dropped, and log-probabilities taken from the sampling logits
+instead of a second forward pass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cppo.policy import EOS
+from cppo.rollout import NOTHING, Record, Rollouts, sample
+
+# Rows are dropped from the cache once so many are finished: each drop copies the cache.
+DROP_BELOW = 0.75
+
+
+class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer in buffers of their final length, written in place. Shapes [B, heads, length, dim]."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        self.keys = key_states.new_empty(batch, heads, self.capacity, dim)
+        self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows."""
+        assert self.keys is not None and self.values is not None
+        self.keys = self.keys.index_select(0, rows)
+        self.values = self.values.index_select(0, rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class TorchEngine:
+    """Samples from a model in this process; it sees the model's current weights, so nothing is synchronised."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float = 1.0,
+        record: Record = NOTHING,
+    ) -> Rollouts:
+        """See `cppo.rollout.Engine`."""
+        rows, width = uniforms.shape
+        assert rows == len(prompts)
+        training = self.model.training
+        self.model.eval()
+        out = _Output(rows, width, record, self.model.config.vocab_size)
+        by_length: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(row)
+        for group in by_length.values():
+            self._decode([tuple(prompts[i]) for i in group], torch.tensor(group), uniforms, temperature, top_p, out)
+        self.model.train(training)
+        return out.rollouts(tuple(tuple(p) for p in prompts))
+
+    def _decode(
+        self,
+        prompts: list[tuple[int, ...]],
+        rows: Tensor,
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float,
+        out: "_Output",
+    ) -> None:
+        """Sample the responses of prompts of one length into `out` at `rows`."""
+        distinct = list(dict.fromkeys(prompts))
+        where = {prompt: i for i, prompt in enumerate(distinct)}
+        capacity = len(prompts[0]) + uniforms.shape[1]
+        layers = [PreallocatedLayer(capacity) for _ in range(self.model.config.num_hidden_layers)]
+        cache = Cache(layers=layers)
+        logits = self._forward(torch.tensor(distinct), cache)
+        copies = torch.tensor([where[prompt] for prompt in prompts])
+        logits = logits[copies]
+        for layer in layers:
+            layer.select(copies)
+        active = torch.ones(len(rows), dtype=torch.bool)
+        for t in range(uniforms.shape[1]):
+            ids, logp = sample(logits, uniforms[rows, t], temperature, top_p)
+            out.write(rows[active], t, ids[active], logp[active])
+            active &= ids != EOS
+            remaining = int(active.sum())
+            if remaining == 0 or t + 1 == uniforms.shape[1]:
+                break
+            if remaining < DROP_BELOW * len(rows):
+                kept = active.nonzero().squeeze(-1)
+                rows, ids, active = rows[kept], ids[kept], active[kept]
+                for layer in layers:
+                    layer.select(kept)
+            logits = self._forward(ids.unsqueeze(-1), cache)
+
+    def _forward(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] after the last of these tokens."""
+        hidden = self.model.base_model(
+            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits: Tensor = self.model.get_output_embeddings()(hidden[:, -1])
+        return logits
+
+
+class _Output:
+    """Result tensors, filled column by column."""
+
+    def __init__(self, rows: int, width: int, record: Record, vocabulary: int) -> None:
+        self.record = record
+        self.responses = torch.zeros(rows, width, dtype=torch.int64)
+        self.mask = torch.zeros(rows, width, dtype=torch.bool)
+        self.logp = torch.zeros(rows, width)
+        k = record.top_k
+        self.topk_ids = torch.zeros(rows, width, k, dtype=torch.int32) if k else None
+        self.topk_logp = torch.zeros(rows, width, k) if k else None
+        self.logp_all = torch.zeros(rows, width, vocabulary) if record.full else None
+
+    def write(self, rows: Tensor, t: int, ids: Tensor, logp: Tensor) -> None:
+        """Column t of these rows: sampled ids [b] and the log-probabilities [b, V] they were drawn from."""
+        self.responses[rows, t] = ids
+        self.mask[rows, t] = True
+        self.logp[rows, t] = logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        if self.topk_ids is not None and self.topk_logp is not None:
+            values, indices = logp.topk(self.record.top_k, -1)
+            self.topk_ids[rows, t] = indices.int()
+            self.topk_logp[rows, t] = values
+        if self.logp_all is not None:
+            self.logp_all[rows, t] = logp
+
+    def rollouts(self, prompts: tuple[tuple[int, ...], ...]) -> Rollouts:
+        """The finished batch, trimmed to its longest response."""
+        longest = int(self.mask.sum(-1).max())
+        last = self.responses.gather(1, (self.mask.sum(-1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
+        parts = (self.responses, self.mask, self.logp, self.topk_ids, self.topk_logp, self.logp_all)
+        responses, mask, logp, ids, topk, full = (None if p is None else p[:, :longest] for p in parts)
+        assert responses is not None and mask is not None and logp is not None
+        return Rollouts(prompts, responses, mask, last != EOS, logp, ids, topk, full)

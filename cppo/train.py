@@ -1,0 +1,402 @@
+"""The training loop: rollout -> reward -> advantage -> minibatch updates -> checkpoint.
+
+Follows CPPO (arXiv:2606.10968) section 4.1. Left out on purpose: KL to a reference model and an entropy bonus (the paper
+uses neither), more than one pass over a rollout, and anything distributed.
+
+A run directory holds config.json and provenance.json (written first), metrics.jsonl (no clock, host or path: two runs on
+one machine are compared bit for bit), timings.jsonl, positions.jsonl, tokens.jsonl, state/ (to resume from),
+checkpoints/step-N (to score) and DONE (last).
+
+Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a minibatch, T tokens, K top-K.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cppo import divergences
+from cppo.advantages import at_last_token, gae, group_relative, whiten, zero_variance
+from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, save_state
+from cppo.config import Divergence, RunConfig
+from cppo.critic import ValueModel, value_loss
+from cppo.diagnostics import add, by_position, probability_shift, token_metrics
+from cppo.loss import Metrics, batch_denominator, policy_loss
+from cppo.objectives import Objective, Reason, Tokens, objective
+from cppo.objectives.divergence import CPPO, prefix_sums
+from cppo.objectives.ratio import ratio
+from cppo.policy import Statistics, load_pretrained, load_tokenizer, save_pretrained, statistics
+from cppo.problems import Problem
+from cppo.provenance import provenance
+from cppo.rewards import Judge
+from cppo.rollout import Record, Rollouts
+from cppo.rollout.torch_engine import TorchEngine
+from cppo.seeds import torch_generator, uniforms
+
+POSITION_BINS = 16
+"""Bins of the drift by position over the longest response."""
+DUMPED_ROWS = 8
+"""Responses whose tokens are dumped at a checkpoint, those with most masked tokens."""
+STREAMS = ("metrics", "timings", "positions", "tokens")
+
+
+@dataclass
+class Batch:
+    """One rollout with everything its updates need; rows of a prompt are neighbours."""
+
+    rollouts: Rollouts
+    rewards: Tensor
+    """[B], NaN where no verdict could be reached."""
+    advantages: Tensor
+    """[B, T]."""
+    position: Tensor | None
+    """[B, T], the shuffled positions of an iteration."""
+    values: Tensor | None = None
+    """[B, T], the critic's values before the updates."""
+    returns: Tensor | None = None
+    """[B, T]."""
+
+
+@dataclass
+class Trainer:
+    """A run in progress: models, optimisers and the counters that are saved with them."""
+
+    run: RunConfig
+    folder: Path
+    problems: tuple[Problem, ...]
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    critic: ValueModel | None
+    iteration: int = 0
+    updates: int = 0
+    nonfinite_in_a_row: int = 0
+    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
+    """Bytes of each stream that belong to the saved state."""
+
+    def __post_init__(self) -> None:
+        plan = self.run.plan.optimizer
+        options: dict[str, Any] = {"betas": plan.betas, "weight_decay": plan.weight_decay}
+        self.rule: Objective = objective(self.run.objective.objective, **self.run.objective.settings)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=plan.lr, **options)
+        self.critic_optimizer = (
+            torch.optim.AdamW(self.critic.parameters(), lr=plan.lr * self.run.plan.critic.lr_factor, **options)
+            if self.critic
+            else None
+        )
+        self.seconds: dict[str, float] = {}
+
+    # One iteration ---------------------------------------------------------------------------------------------------
+
+    def step(self, judge: Judge) -> None:
+        """One rollout and its updates; appends to the streams."""
+        started = time.perf_counter()
+        self.iteration += 1
+        self.seconds = {}
+        with self.timed("rollout"):
+            asked, rollouts = self.sample()
+        with self.timed("reward"):
+            rewards = self.judge(asked, rollouts, judge)
+        with self.timed("advantage"):
+            batch = self.advantages(rollouts, rewards)
+        metrics: Metrics = self.rollout_metrics(batch)
+        shifts: list[tuple[Tensor, Tensor]] = []
+        with self.timed("update"):
+            rows = self.run.plan.rollout.minibatch * self.run.plan.rollout.responses
+            for first in range(0, len(rewards), rows):
+                self.update(
+                    batch, torch.arange(first, first + rows), metrics, shifts, last=first + rows == len(rewards)
+                )
+        means = {name: total / count if count else None for name, (total, count) in sorted(metrics.items())}
+        self.append("metrics", [{"iteration": self.iteration, **means}])
+        self.append("positions", self.positions(shifts))
+        self.seconds["total"] = time.perf_counter() - started
+        tokens = int(rollouts.mask.sum())
+        rates = {f"{p}_tokens_per_second": tokens / self.seconds[p] for p in ("rollout", "update")}
+        self.append("timings", [{"iteration": self.iteration, "tokens": tokens, **self.seconds, **rates}])
+
+    def sample(self) -> tuple[list[Problem], Rollouts]:
+        """The iteration's problems, each G times, and their responses."""
+        plan, run = self.run.plan.rollout, self.run
+        order = problem_order(len(self.problems), plan.prompts, self.iteration, run.setting, run.seed)
+        asked = [self.problems[i] for i in order for _ in range(plan.responses)]
+        prompts = [self.tokenizer(p.question).input_ids for p in asked]
+        noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, self.iteration)
+        record = recorded(run.objective.divergence)
+        return asked, TorchEngine(self.policy).generate(prompts, noise, plan.temperature, record=record)
+
+    def judge(self, asked: list[Problem], rollouts: Rollouts, judge: Judge) -> Tensor:
+        """Rewards [B]: 1 right, 0 wrong, NaN not judged."""
+        texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
+        verdicts = [judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
+        return torch.tensor([math.nan if v is None else v for v in verdicts])
+
+    def advantages(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
+        """Advantages of the whole rollout, before any update."""
+        run, mask = self.run, rollouts.mask
+        position = None
+        if getattr(self.rule.settings, "shuffle", False):
+            position = shuffled_positions(mask, run.setting, run.seed, self.iteration)
+        if self.critic is None:
+            per_row = group_relative(rewards, run.plan.rollout.responses, std=run.objective.advantage == "grpo")
+            return Batch(rollouts, rewards, torch.where(mask, per_row.unsqueeze(1), 0), position)
+        with torch.no_grad():
+            values = torch.where(mask, self.critic(rollouts.prompts, rollouts.responses), 0)
+        judged = mask & ~rewards.isnan().unsqueeze(1)
+        critic = run.plan.critic
+        raw, returns = gae(at_last_token(rewards, mask), values, mask, critic.gamma, critic.lam)
+        return Batch(rollouts, rewards, whiten(raw, judged), position, values, returns)
+
+    def rollout_metrics(self, batch: Batch) -> Metrics:
+        """What is known before the updates."""
+        rewards, rollouts = batch.rewards, batch.rollouts
+        rows = float(len(rewards))
+        judged = float((~rewards.isnan()).sum())
+        return {
+            "reward": (float(rewards.nansum()), judged),
+            "accuracy": (float((rewards == 1).sum()), judged),
+            "unjudged": (rows - judged, rows),
+            "response_length": (float(rollouts.mask.sum()), rows),
+            "truncated": (float(rollouts.truncated.sum()), rows),
+            "zero_variance": (float(zero_variance(rewards, self.run.plan.rollout.responses).sum()), rows),
+        }
+
+    def update(
+        self, batch: Batch, rows: Tensor, metrics: Metrics, shifts: list[tuple[Tensor, Tensor]], last: bool
+    ) -> None:
+        """One optimiser step on these rows; metrics are added up, `shifts` collects (drift, mask)."""
+        self.updates += 1
+        part = batch.rollouts.rows(rows)
+        width = part.mask.shape[1]
+        advantages = batch.advantages[rows, :width]
+        if not bool((advantages != 0).any()):
+            add(metrics, {"skipped_updates": (1.0, 1.0), "nonfinite_updates": (0.0, 1.0)})
+            return
+        plan, entry = self.run.plan, self.run.objective
+        needs = entry.divergence
+        now = statistics(
+            self.policy,
+            part.prompts,
+            part.responses,
+            part.mask,
+            plan.rollout.temperature,
+            topk_ids=part.topk_ids,
+            full=needs is not None and needs.estimator == "exact",
+        )
+        position = None if batch.position is None else batch.position[rows, :width]
+        divergence = estimate(needs, now, part) if needs else None
+        tokens = Tokens(now.logp, part.logp, advantages, part.mask, divergence, position)
+        horizon = plan.rollout.max_response_tokens if entry.aggregation == "seq-mean-token-sum-norm" else None
+        denominator = batch_denominator(part.mask, entry.aggregation)
+        loss, loss_metrics = policy_loss(self.rule, tokens, entry.aggregation, horizon, denominator)
+        norm = self.descend(loss, self.optimizer, self.policy, plan.optimizer.lr)
+        if self.critic is not None and self.critic_optimizer is not None:
+            assert batch.values is not None and batch.returns is not None
+            old, returns = batch.values[rows, :width], batch.returns[rows, :width]
+            judged = part.mask & ~batch.rewards[rows].isnan().unsqueeze(1)
+            values = self.critic(part.prompts, part.responses)
+            error = value_loss(values, old, returns, judged, plan.critic.value_clip, float(judged.sum()))
+            self.descend(error, self.critic_optimizer, self.critic, plan.optimizer.lr * plan.critic.lr_factor)
+            add(metrics, {"value_loss": (float(error), 1.0)})
+        finite = math.isfinite(norm)
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        add(metrics, {"skipped_updates": (0.0, 1.0), "nonfinite_updates": (float(not finite), 1.0)})
+        add(metrics, {"loss": (float(loss), 1.0), "grad_norm": (norm, 1.0)} if finite else {})
+        add(metrics, loss_metrics)
+        add(metrics, token_metrics(self.rule, tokens, now.entropy))
+        shifts.append((probability_shift(tokens), part.mask))
+        if last and self.iteration % plan.checkpoint_every == 0 and isinstance(self.rule.settings, CPPO):
+            self.append("tokens", self.dump(part, tokens))
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, module: torch.nn.Module, peak: float) -> float:
+        """One clipped AdamW step with linear warm-up; returns the gradient norm. A non-finite gradient changes nothing."""
+        plan = self.run.plan.optimizer
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), plan.grad_clip))
+        if math.isfinite(norm) and math.isfinite(float(loss)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1.0, self.updates / max(plan.warmup_updates, 1))
+            optimizer.step()
+            return norm
+        return math.nan
+
+    # What is written -------------------------------------------------------------------------------------------------
+
+    def positions(self, shifts: list[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """The iteration's drift by position."""
+        if not shifts:
+            return []
+        longest = self.run.plan.rollout.max_response_tokens
+        width = max(mask.shape[1] for _, mask in shifts)
+        pad = torch.nn.functional.pad
+        shift = torch.cat([pad(s, (0, width - s.shape[1])) for s, _ in shifts])
+        mask = torch.cat([pad(m, (0, width - m.shape[1])) for _, m in shifts])
+        found = by_position(shift, mask, -(-longest // POSITION_BINS))
+        return [{"iteration": self.iteration, **row} for row in found]
+
+    def dump(self, part: Rollouts, tokens: Tokens) -> list[dict[str, Any]]:
+        """Tokens of the responses with most masked tokens, with CPPO's thresholds (Figure 3)."""
+        assert isinstance(self.rule.settings, CPPO)
+        detached = Tokens(tokens.logp.detach(), *(getattr(tokens, f) for f in list(Tokens.__annotations__)[1:]))
+        terms, sums = self.rule(detached), prefix_sums(self.rule.settings, detached)
+        masked = (terms.reason != int(Reason.KEPT)).sum(-1)
+        found = []
+        for row in masked.argsort(descending=True, stable=True)[:DUMPED_ROWS].tolist():
+            length = int(part.mask[row].sum())
+
+            def column(x: Tensor, row: int = row, length: int = length) -> list[float]:
+                return x[row, :length].tolist()
+
+            found.append(
+                {
+                    "iteration": self.iteration,
+                    "row": row,
+                    "delta": self.rule.settings.delta,
+                    "token": [self.tokenizer.decode([i]) for i in part.responses[row, :length].tolist()],
+                    "advantage": column(tokens.advantages),
+                    "ratio": column(ratio(detached)),
+                    "weighted": column(sums.weighted),
+                    "prefix_threshold": column(self.rule.settings.delta + sums.allowed - sums.used),
+                    "threshold": column(sums.threshold),
+                    "reason": column(terms.reason),
+                }
+            )
+        return found
+
+    def append(self, stream: str, rows: list[dict[str, Any]]) -> None:
+        """Add JSON lines to a stream."""
+        with (self.folder / f"{stream}.jsonl").open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, allow_nan=True) + "\n" for row in rows)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Wall seconds of a phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    # Saving and resuming ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Evaluation weights of this iteration, then the training state that counts them as done."""
+        final = self.folder / "checkpoints" / f"step-{self.iteration}"
+        partial = final.with_name(final.name + ".partial")
+        for old in (partial, final):
+            shutil.rmtree(old, ignore_errors=True)
+        save_pretrained(self.policy, partial)
+        os.replace(partial, final)
+        tensors = {"policy": self.policy.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
+        if self.policy.config.tie_word_embeddings:
+            tensors["policy"] = {k: v for k, v in tensors["policy"].items() if k != "lm_head.weight"}
+        if self.critic is not None and self.critic_optimizer is not None:
+            tensors["critic"] = {k: v for k, v in self.critic.state_dict().items() if k != "trunk.lm_head.weight"}
+            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer)
+        self.lengths = {name: (self.folder / f"{name}.jsonl").stat().st_size for name in STREAMS}
+        names = ("iteration", "updates", "nonfinite_in_a_row", "lengths")
+        save_state(self.folder / "state", self.iteration, tensors, {name: getattr(self, name) for name in names})
+
+    def resume(self) -> None:
+        """Continue from the newest saved state, if any; cut the streams back to what belongs to it."""
+        found = load_latest(self.folder / "state")
+        if found is not None:
+            tensors, info, damaged = found
+            for line in damaged:
+                tqdm.write(line)
+            _load(self.policy, tensors["policy"])
+            restore_optimizer(self.optimizer, tensors["optimizer"])
+            if self.critic is not None and self.critic_optimizer is not None:
+                _load(self.critic, tensors["critic"])
+                restore_optimizer(self.critic_optimizer, tensors["critic_optimizer"])
+            for name, value in info.items():
+                setattr(self, name, value)
+            tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}")
+        for name in STREAMS:
+            path = self.folder / f"{name}.jsonl"
+            path.touch()
+            os.truncate(path, self.lengths[name])
+
+
+def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load weights; the only ones that may be absent are those shared with another parameter."""
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    assert not unexpected and all(name.endswith("lm_head.weight") for name in missing), (missing, unexpected)
+
+
+def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> None:
+    """Train `run` from the base model's checkpoint folder, or continue it, until its DONE file is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(run.model_dump_json(indent=1))
+    (folder / "provenance.json").write_text(json.dumps(provenance(), indent=1))
+    critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
+    trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic)
+    trainer.resume()
+    total, status = run.plan.iterations, "finished"
+    label = f"{run.label} seed {run.seed}"
+    with Judge() as judge, tqdm(total=total, initial=trainer.iteration, desc=label, unit="it", mininterval=5) as bar:
+        while trainer.iteration < total:
+            trainer.step(judge)
+            bar.update()
+            if trainer.nonfinite_in_a_row >= run.plan.collapse_after:
+                status = f"collapsed at step {trainer.iteration}"
+                break
+            if trainer.iteration % run.plan.checkpoint_every == 0:
+                trainer.save()
+    partial = folder / "DONE.partial"
+    partial.write_text(json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
+    os.replace(partial, folder / "DONE")
+
+
+def problem_order(count: int, prompts: int, iteration: int, setting: str, seed: int) -> list[int]:
+    """Indices of the iteration's prompts (iterations from 1): a new permutation of all problems in each epoch."""
+    order: list[int] = []
+    for place in range((iteration - 1) * prompts, iteration * prompts):
+        epoch, offset = divmod(place, count)
+        if not order or offset == 0:
+            permutation = torch.randperm(count, generator=torch_generator("order", setting, seed, epoch))
+        order.append(int(permutation[offset]))
+    return order
+
+
+def shuffled_positions(mask: Tensor, setting: str, seed: int, iteration: int) -> Tensor:
+    """A random permutation of 1..T_i for the trained tokens of each row [B, T]; kept over the rollout's updates."""
+    noise = uniforms(*mask.shape, "shuffle", setting, seed, iteration)
+    order = torch.where(mask, noise, torch.inf).argsort(-1)
+    return order.argsort(-1) + 1
+
+
+def recorded(divergence: Divergence | None) -> Record:
+    """What the rollout must keep of mu for this estimator."""
+    if divergence is None or divergence.estimator == "binary":
+        return Record()
+    return Record(full=True) if divergence.estimator == "exact" else Record(top_k=divergence.k or 0)
+
+
+def estimate(divergence: Divergence, now: Statistics, part: Rollouts) -> Tensor:
+    """D_t [b, T] of the estimator, from what the rollout stored."""
+    if divergence.estimator == "binary":
+        return divergences.binary(now.logp, part.logp, divergence.kind)
+    if divergence.estimator == "exact":
+        assert now.logp_all is not None and part.logp_all is not None
+        return divergences.exact(now.logp_all, part.logp_all, divergence.kind)
+    assert now.topk_logp is not None and part.topk_logp is not None and part.topk_ids is not None
+    return divergences.top_k(
+        now.logp,
+        part.logp,
+        now.topk_logp,
+        part.topk_logp,
+        part.topk_ids,
+        part.responses,
+        divergence.kind,
+        divergence.support or "union",
+    )

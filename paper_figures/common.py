@@ -1,0 +1,222 @@
+"""What every figure and table script shares: reading a results folder, looks and names, the command line, saving.
+
+A script is `main = script(__doc__, draw)` with `draw(results, out)`. Anything that a folder lacks is a `DataError`:
+one line naming file and column, exit code 2.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import catalog
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of backend)
+import pandas as pd  # noqa: E402
+from matplotlib.artist import Artist  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+TEXT = {"run", "label", "setting", "status", "benchmark", "problem", "token", "code_version"}
+"""Columns that are text whatever they hold (a token may read "1" or "NA"); all others must be numbers."""
+
+RANK_FROM = 5
+"""Seeds from which on intervals are bootstrapped and rules ranked; below, mean and min-max."""
+
+
+class DataError(ValueError):
+    """The results folder lacks something."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an objective appears, in every figure and table."""
+
+    name: str
+    color: str
+    marker: str
+
+
+# Okabe and Ito's colours for the main rules, Tol's muted scheme for the others: distinct with any colour vision, and
+# markers repeat the distinction for grey prints. The cross is kept for collapsed runs.
+LOOKS: dict[str, Look] = {
+    "base": Look("Base", "#7F7F7F", "_"),
+    "pg": Look("PG", "#000000", "p"),
+    "ppo": Look("PPO", "#CC79A7", "P"),
+    "grpo": Look("GRPO", "#009E73", "s"),
+    "cispo": Look("CISPO", "#E69F00", "^"),
+    "minpro": Look("MinPRO", "#56B4E9", "v"),
+    "trm_max": Look("TRM-Max", "#999933", "D"),
+    "trm_avg": Look("TRM-Avg", "#882255", "d"),
+    "dppo": Look("DPPO", "#0072B2", "o"),
+    "cppo": Look("CPPO", "#D55E00", "*"),
+    "cppo_no_weight": Look("CPPO w/o position weight", "#AA4499", "<"),
+    "cppo_no_budget": Look("CPPO w/o prefix budget", "#117733", ">"),
+    "cppo_shuffled": Look("CPPO shuffled weights", "#DDAA33", "h"),
+    "cppo_soft": Look("CPPO soft gate", "#332288", "D"),
+    "cppo_budget_fixed": Look("CPPO fixed budget", "#CC6677", "8"),
+    "cppo_wmin": Look("CPPO lower w_min", "#44AA99", "H"),
+    "cppo_kl": Look("CPPO-KL", "#88CCEE", "v"),
+    "trm_kl": Look("TRM Max&Avg", "#882255", "d"),
+    "cppo_binary": Look("CPPO-Binary", "#999933", "^"),
+}
+EXTRA = ("#44AA99", "#AA4499", "#DDAA33", "#117733", "#332288", "#CC6677", "#88CCEE", "#661100")
+EXTRA_MARKERS = ("h", "8", "H", "<", ">")
+LEADING = {"cppo": "CPPO", "dppo": "DPPO", "grpo": "GRPO", "ppo": "PPO", "trm": "TRM", "gspo": "GSPO", "sapo": "SAPO"}
+
+
+class Results:
+    """A folder of tables (`results/<suite>` or `runs/<suite>`), read once and checked for what is asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[str, pd.DataFrame] = {}
+
+    @cached_property
+    def suite(self) -> dict[str, Any]:
+        """The contents of suite.json."""
+        path = self.folder / "suite.json"
+        try:
+            suite = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; expected a folder of a suite's tables") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: not JSON: {error}") from None
+        for key in ("seeds", "settings", "evaluation", "objectives"):
+            if key not in suite:
+                raise DataError(f"{path}: missing key {key!r}")
+        return dict(suite)
+
+    @property
+    def labels(self) -> list[str]:
+        """The objectives' labels in row order, without base."""
+        return [entry["name"] for entry in self.suite["objectives"]]
+
+    @property
+    def ranked(self) -> bool:
+        """Whether there are seeds enough to rank rules and bootstrap intervals."""
+        return len(self.suite["seeds"]) >= RANK_FROM
+
+    def entry(self, label: str) -> dict[str, Any]:
+        """The suite's objective entry of that label."""
+        return dict(next(entry for entry in self.suite["objectives"] if entry["name"] == label))
+
+    def settings_of(self, label: str, setting: str) -> dict[str, Any]:
+        """An objective's settings in one setting of the suite, its defaults filled in where the objective is known."""
+        from dataclasses import asdict
+
+        from cppo.objectives import settings_of  # late: needs torch, which most scripts do not
+
+        entry = self.entry(label)
+        given = {**entry.get("settings", {}), **entry.get("by_setting", {}).get(setting, {})}
+        try:
+            return asdict(settings_of(entry["objective"], **given))
+        except ValueError:  # an objective of the user's whose module is not at hand
+            return given
+
+    def require(self, item: str) -> None:
+        """DataError when the suite lacks what the item shows."""
+        lack = catalog.lacks(self.suite, item)
+        if lack is not None:
+            raise DataError(f"{self.folder}/suite.json: {item} cannot be drawn: {lack}")
+
+    def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
+        """<name>.csv with these columns; DataError when file, column or rows are missing or not numbers."""
+        path = self.folder / f"{name}.csv"
+        table = self._read(path)
+        for column in columns:
+            if column not in table:
+                raise DataError(f"{path}: no column {column!r}; it has {', '.join(table.columns)}")
+        if table.empty:
+            raise DataError(f"{path}: no rows")
+        for column in columns:
+            if column not in TEXT and table[column].dtype == object:
+                table[column] = _numbers(table[column], path)
+        return table[list(columns)]
+
+    def _read(self, path: Path) -> pd.DataFrame:
+        if path.name not in self._tables:
+            try:
+                self._tables[path.name] = pd.read_csv(path, dtype=object, keep_default_na=False)
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror}") from None
+            except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: not a CSV table: {str(error).splitlines()[0]}") from None
+        return self._tables[path.name]
+
+    def look(self, label: str) -> Look:
+        """Fixed for known labels; others get the next free colour in the order of the suite's rows."""
+        if label in LOOKS:
+            return LOOKS[label]
+        unknown = [name for name in self.labels if name not in LOOKS]
+        n = unknown.index(label)
+        first, *rest = label.replace("-", "_").split("_")
+        name = " ".join([LEADING.get(first, first), *rest])
+        return Look(name, EXTRA[n % len(EXTRA)], EXTRA_MARKERS[n % len(EXTRA_MARKERS)])
+
+    def name(self, label: str) -> str:
+        """The label's display name."""
+        return self.look(label).name
+
+    def title(self, setting: str) -> str:
+        """The setting's display name."""
+        return str(self.suite["settings"][setting]["title"])
+
+
+def _numbers(column: "pd.Series[Any]", path: Path) -> "pd.Series[Any]":
+    """A column of text as floats; empty = NaN."""
+    numbers = pd.to_numeric(column.where(column != "", "nan"), errors="coerce").astype(float)
+    bad = column[numbers.isna() & ~column.str.lower().isin(["", "nan"])]
+    if len(bad):
+        raise DataError(f"{path}: column {column.name!r}: {bad.iloc[0]!r} is not a number")
+    return numbers
+
+
+def script(doc: str | None, draw: Callable[[Results, Path], None]) -> Callable[[Sequence[str] | None], int]:
+    """The `main(argv)` of a script: reads the command line, draws, returns the exit code (2 = something is missing)."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("results", type=Path, help="folder with a suite's tables, such as results/mini")
+        parser.add_argument("--out", type=Path, help="folder to write to (default: figures/ inside it)")
+        arguments = parser.parse_args(argv)
+        out: Path = arguments.out or arguments.results / "figures"
+        try:
+            draw(Results(arguments.results), out)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            return 2
+        finally:
+            plt.close("all")
+        return 0
+
+    return main
+
+
+def canvas(width: float = 7.0, height: float = 2.6) -> Figure:
+    """An empty figure (inches) in the common style."""
+    plt.style.use(Path(__file__).with_name("paper.mplstyle"))
+    return plt.figure(figsize=(width, height))
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One legend below all panels, in as few rows as fit the page, its columns evenly filled."""
+    for rows in range(1, len(handles) + 1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))
+        if rows == len(handles) or legend.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        legend.remove()
+
+
+def save(figure: Figure, out: Path, name: str) -> None:
+    """<name>.pdf and <name>.png, the same bytes for the same data: no dates inside."""
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    figure.savefig(out / f"{name}.png", metadata={"Software": None})
+    print(f"wrote {out / name}.pdf and .png")

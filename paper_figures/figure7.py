@@ -1,0 +1,60 @@
+"""Figure 7: CPPO's prefix budget during training: effective delta_b (top), its share of all masked tokens (bottom).
+
+    python paper_figures/figure7.py results/mini --out results/mini/figures
+
+One column a setting. The share is mask_share_budget / mask_share in each iteration of a run; an iteration without
+masked tokens has none. Dashed: the floor of an adaptive budget, and its ceiling where it is reached.
+"""
+
+import sys
+from pathlib import Path
+
+import catalog
+import numpy as np
+from common import Results, canvas, save, script
+from panels import band_note, legend, line, spread, training
+
+
+def draw(results: Results, out: Path) -> None:
+    """One column of two panels a setting."""
+    results.require("figure7")
+    settings, labels = list(results.suite["settings"]), shown(results)
+    figure = canvas(width=7.0 if len(settings) > 1 else 4.2, height=4.0)
+    grid = figure.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row")
+    lost_any = False
+    for setting, (top, bottom) in zip(settings, grid.T, strict=True):
+        for label in labels:
+            x, budget, lost = training(results, setting, label, "delta_b")
+            masked = training(results, setting, label, "mask_share")[1]
+            rejected = training(results, setting, label, "mask_share_budget")[1]
+            share = np.divide(100 * rejected, masked, out=np.full(masked.shape, np.nan), where=masked > 0)
+            lost_any = lost_any or any(lost)
+            look = results.look(label)
+            for ax, values in ((top, budget), (bottom, share)):
+                line(ax, x, values, look, spread(results, values, setting, label, "budget"), lost, markers=False)
+            rule = results.settings_of(label, setting)
+            limits = [1.0, rule["clamp_factor"]] if rule["adaptive"] else []
+            for factor in limits:
+                if factor == 1 or np.nanmax(budget, initial=0) > 0.9 * factor * rule["delta_b"]:
+                    top.axhline(factor * rule["delta_b"], color=look.color, linestyle="--", linewidth=0.8)
+        top.set_title(results.title(setting))
+        top.margins(y=0.1)
+        bottom.set_xlabel("iteration")
+        bottom.set_ylim(0, None)
+    grid[0, 0].set_ylabel(r"effective $\delta_b$")
+    grid[1, 0].set_ylabel("masked by the budget\n(% of masked tokens)")
+    figure.suptitle(band_note(results), fontsize=7, color="0.35")
+    legend(figure, results, labels, lost_any, base=False, markers=False)
+    save(figure, out, "figure7")
+
+
+def shown(results: Results) -> list[str]:
+    """The suite's CPPO; of a suite without that label, every cppo run with a prefix budget."""
+    labels = catalog.budget_labels(results.suite)
+    return ["cppo"] if "cppo" in labels else labels
+
+
+main = script(__doc__, draw)
+
+if __name__ == "__main__":
+    sys.exit(main(None))

@@ -1,0 +1,58 @@
+# What all rules share: the suite, where things are, and how a baseline file adds its objective.
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from cppo.config import find_base, find_run, load_suite
+from paper_figures.catalog import available, files
+
+SUITE = config.get("suite", "mini")
+SUITE_FILE = f"config/{SUITE}.yaml"
+TABLES = ["scores", "curves", "positions", "tokens", "runs"]
+BASELINE_FILES = sorted(
+    str(path.resolve()) for path in Path("workflow/rules/baselines").glob("*.smk")
+)
+BASELINES = []
+
+
+# Jobs use the Python that runs snakemake. One thread a job, jobs side by side: small models gain nothing from threads, and
+# busy-waiting ones slow each other down.
+shell.prefix(
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH OMP_NUM_THREADS=1"
+    " HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false; "
+)
+
+
+def baseline(name, objective, **entry):
+    """Add one more objective entry to the suite; returns the argument that tells the command line about it."""
+    BASELINES.append(
+        json.dumps({"name": name, "objective": objective, **entry}, sort_keys=True)
+    )
+    return "--baseline " + shlex.quote(BASELINES[-1])
+
+
+def loaded():
+    """The suite with all baselines; loaded once, when the first rule asks, after every baseline file was read."""
+    if not hasattr(loaded, "suite"):
+        loaded.suite = load_suite(SUITE_FILE, tuple(BASELINES))
+    return loaded.suite
+
+
+def table_folders():
+    """Folder of tables -> the resolved suite: the running suite's, then every published one's."""
+    folders = {f"runs/{SUITE}": loaded().model_dump(mode="json")}
+    for path in sorted(Path("results").glob("*/suite.json")):
+        folders[str(path.parent)] = json.loads(path.read_text())
+    return folders
+
+
+def drawn(folder):
+    """Every table and figure file that the folder's suite allows."""
+    suite = table_folders()[folder]
+    return [
+        f"{folder}/figures/{file}"
+        for item in available(suite)
+        for file in files(suite, item)
+    ]

@@ -1,0 +1,29 @@
+# Problems, lm-eval tasks and base models: one of each a setting.
+
+
+rule data:
+    output:
+        "runs/data/{setting}/{data}/train.jsonl",
+    log:
+        "runs/logs/data/{setting}-{data}.log",
+    benchmark:
+        "runs/benchmarks/data/{setting}-{data}.tsv"
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m cppo data --suite {SUITE_FILE} --setting {wildcards.setting} 2> >(tee {log} >&2)"
+
+
+rule base:
+    input:
+        data=lambda w: f"runs/{find_base(loaded(), w.setting).data}/train.jsonl",
+    output:
+        "runs/base/{setting}/{base}/DONE",
+    log:
+        "runs/logs/base/{setting}-{base}.log",
+    benchmark:
+        "runs/benchmarks/base/{setting}-{base}.tsv"
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m cppo base --suite {SUITE_FILE} --setting {wildcards.setting} 2> >(tee {log} >&2)"

@@ -1,0 +1,67 @@
+# Tables from run directories, and the paper's figures from tables.
+
+
+rule collect:
+    input:
+        lambda w: [
+            f"runs/{run.folder}/scores.csv"
+            for run in (*loaded().bases(), *loaded().runs())
+        ],
+    output:
+        expand(
+            "runs/{suite}/{table}.{kind}",
+            suite=SUITE,
+            table=TABLES,
+            kind=["csv", "parquet"],
+        ),
+        f"runs/{SUITE}/suite.json",
+        f"runs/{SUITE}/configs.json",
+    log:
+        f"runs/logs/collect-{SUITE}.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    params:
+        baselines=BASELINE_ARGS,
+    shell:
+        "python -m cppo collect --suite {SUITE_FILE} {params.baselines} 2> >(tee {log} >&2)"
+
+
+# One rule for each item of each folder of tables: the running suite's under runs/, the published ones' under results/.
+# No rule makes a published table, so redrawing them never trains.
+for FOLDER, RESOLVED in table_folders().items():
+    for ITEM in available(RESOLVED):
+
+        rule:
+            name:
+                f"{ITEM}_{FOLDER.replace('/', '_')}"
+            input:
+                expand("{folder}/{table}.csv", folder=FOLDER, table=TABLES),
+                f"{FOLDER}/suite.json",
+            output:
+                report(
+                    [f"{FOLDER}/figures/{file}" for file in files(RESOLVED, ITEM)],
+                    caption=f"../report/{ITEM}.rst",
+                    category=FOLDER,
+                    subcategory=ITEM,
+                ),
+            log:
+                f"runs/logs/figures/{FOLDER.replace('/', '_')}-{ITEM}.log",
+            localrule: True
+            conda:
+                "../../environment.yml"
+            params:
+                item=ITEM,
+                folder=FOLDER,
+            shell:
+                "python paper_figures/{params.item}.py {params.folder} 2> >(tee {log} >&2)"
+
+
+rule figures:
+    input:
+        drawn(f"runs/{SUITE}"),
+
+
+rule paper_figures:
+    input:
+        [drawn(folder) for folder in table_folders() if folder.startswith("results/")],
