@@ -29,12 +29,68 @@ def group_relative(rewards: Tensor, group: int, std: bool) -> Tensor:
     return torch.where(zero_variance(rewards, group).view(-1, group), 0, centred).view(-1)
 
 
+def rloo(rewards: Tensor, group: int) -> Tensor:
+    """G / (G - 1) (R - mean): R minus the mean of the others; [B] -> [B]. Source: RLOO (arXiv:2402.14740).
+
+    With unjudged rewards, G is the number of judged ones.
+    """
+    count = (~rewards.view(-1, group).isnan()).sum(-1, keepdim=True)
+    factor = count / (count - 1).clamp(min=1)
+    return (factor * group_relative(rewards, group, std=False).view(-1, group)).view(-1)
+
+
+def gpg(rewards: Tensor, group: int) -> Tensor:
+    """f (R - mean) with f = B / max(1, rows with a non-zero reward); [B] -> [B].
+
+    Source: GPG (arXiv:2504.02546) as in verl, which assumes rewards of 1 and 0 and counts over the whole batch.
+    """
+    judged = ~rewards.isnan()
+    factor = judged.sum() / ((rewards != 0) & judged).sum().clamp(min=1)
+    return factor * group_relative(rewards, group, std=False)
+
+
+def reinforce_pp(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Returns-to-go of the outcome (gamma 1), whitened over all trained tokens; [B], [B, T] -> [B, T].
+
+    Source: REINFORCE++ (arXiv:2501.03262), without its KL penalty in the reward. Unjudged rows are left out and get 0.
+    """
+    judged = mask & ~rewards.isnan().unsqueeze(-1)
+    returns = torch.where(judged, rewards.nan_to_num(nan=0.0).unsqueeze(-1), 0)
+    return whiten(returns, judged)
+
+
+def reinforce_pp_baseline(rewards: Tensor, group: int, mask: Tensor) -> Tensor:
+    """R - group mean, whitened over all trained tokens; [B], [B, T] -> [B, T]. Source: REINFORCE++ (arXiv:2501.03262)."""
+    judged = mask & ~rewards.isnan().unsqueeze(-1)
+    return whiten(torch.where(judged, group_relative(rewards, group, std=False).unsqueeze(-1), 0), judged)
+
+
 def zero_variance(rewards: Tensor, group: int) -> Tensor:
     """bool [B]: the row's group has one reward only, so the group carries no signal."""
     grouped = rewards.view(-1, group)
     highest = grouped.nan_to_num(nan=-torch.inf).amax(-1)
     lowest = grouped.nan_to_num(nan=torch.inf).amin(-1)
     return (highest <= lowest).repeat_interleave(group)
+
+
+def from_outcomes(name: str, rewards: Tensor, group: int, mask: Tensor) -> Tensor:
+    """The advantages [B, T] of a critic-free estimator, 0 outside the mask.
+
+    name: grpo, dr_grpo, rloo, gpg, reinforce_pp or reinforce_pp_baseline; ValueError for another.
+    """
+    if name == "reinforce_pp":
+        return reinforce_pp(rewards, mask)
+    if name == "reinforce_pp_baseline":
+        return reinforce_pp_baseline(rewards, group, mask)
+    if name in ("grpo", "dr_grpo"):
+        per_row = group_relative(rewards, group, std=name == "grpo")
+    elif name == "rloo":
+        per_row = rloo(rewards, group)
+    elif name == "gpg":
+        per_row = gpg(rewards, group)
+    else:
+        raise ValueError(f"advantage: unknown estimator {name!r}")
+    return torch.where(mask, per_row.unsqueeze(-1), 0)
 
 
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,20 @@ Every error is a ValueError of one line: file, key, what is wrong.
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from cppo.presets import expand
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 """Lower-case letters, digits, - and _: names become parts of paths."""
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Betas = tuple[Share, Share]
@@ -47,8 +51,8 @@ class Model(Config):
     """Query heads."""
     kv_heads: Count
     """Key and value heads; divides `heads`."""
-    head_dim: Count
-    """Width of one head."""
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Width of one head; even, for rotary positions."""
     intermediate_size: Count
     """Width of the feed-forward layer; of one expert for qwen3_moe."""
     experts: Annotated[int, Field(ge=0)] = 0
@@ -64,7 +68,7 @@ class Model(Config):
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if (self.architecture == "qwen3_moe") != (self.experts > 0):
             raise ValueError("experts is for architecture qwen3_moe, which needs at least 1")
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+        if not min(self.experts, 1) <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} must be between 1 and experts {self.experts}")
         return self
 
@@ -97,6 +101,8 @@ class Task(Config):
     @model_validator(mode="after")
     def _distinct(self) -> "Task":
         _unique([b.name for b in self.benchmarks], "benchmarks: name")
+        if "train" in (b.name for b in self.benchmarks):
+            raise ValueError("benchmarks: the name 'train' is taken by the training problems")
         return self
 
 
@@ -136,6 +142,10 @@ class RolloutPlan(Config):
     """Longest response; a longer one is truncated and judged as it is."""
     temperature: Positive = 1.0
     """Sampling temperature; the log-probabilities of both policies are taken at it."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """DAPO's overlong shaping: the reward falls by up to 1 over this many last tokens before the limit; 0 = off."""
+    resample: Annotated[int, Field(ge=0)] = 0
+    """DAPO's dynamic sampling: so many more rollouts may be drawn to replace prompts of zero reward variance; 0 = off."""
 
     @property
     def updates(self) -> int:
@@ -146,6 +156,8 @@ class RolloutPlan(Config):
     def _divides(self) -> "RolloutPlan":
         if self.prompts % self.minibatch:
             raise ValueError(f"minibatch {self.minibatch} does not divide prompts {self.prompts}")
+        if self.overlong_buffer > self.max_response_tokens:
+            raise ValueError(f"overlong_buffer {self.overlong_buffer} exceeds max_response_tokens")
         return self
 
 
@@ -252,7 +264,7 @@ class ObjectiveEntry(Config):
 
     name: Name
     """Its label in tables, figures and paths."""
-    objective: str
+    objective: Annotated[str, Field(pattern=r"^(\w+|\w+(\.\w+)*:\w+)$")]
     """A registered objective (`python -m cppo objectives`), or "module:function" of your own."""
     settings: dict[str, Any] = {}
     """The objective's own settings; what is not given keeps its default."""
@@ -260,12 +272,17 @@ class ObjectiveEntry(Config):
     """Settings that differ for a named setting of the suite (as delta in the paper's Table 3)."""
     divergence: Divergence | None = None
     """The divergence; exactly for the rules that need one."""
-    advantage: Literal["grpo", "dr_grpo", "gae"] = "grpo"
-    """grpo = (R - mean) / std in the group; dr_grpo = R - mean; gae = from a critic."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp", "reinforce_pp_baseline", "gae"] = "grpo"
+    """Estimator of `cppo.advantages`: grpo = (R - mean) / std in the group; dr_grpo = R - mean; gae = from a critic; ..."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"
     ] = "token-mean"
     """How token losses become one (see `cppo.loss.policy_loss`)."""
+    anchor: Literal["rollout", "recomputed", "decoupled"] = "rollout"
+    """What ratios and divergences refer to: mu as sampled; the policy recomputed before the first update; or the latter with
+    the truncated weight min(pi_old / mu, tis_cap) on the advantages."""
+    tis_cap: Positive = 2.0
+    """Largest truncated importance weight of anchor decoupled."""
 
 
 class RunConfig(Config):
@@ -275,7 +292,7 @@ class RunConfig(Config):
     """The objective entry's name."""
     setting: Name
     """The setting's name; an axis of the seeds."""
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     """Varies the order of problems and the sampling; the base model is shared."""
     plan: Setting
     """The setting."""
@@ -341,7 +358,7 @@ class Suite(Config):
 
     description: str
     """What the suite is for."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
     """Each objective runs once with each."""
     settings: dict[Name, Setting] = Field(min_length=1)
     """The tables' columns."""
@@ -370,7 +387,7 @@ class Suite(Config):
                 setting=name,
                 seed=seed,
                 plan=plan,
-                objective=_spelled_out(entry, name),
+                objective=_spelled_out(entry, name, plan),
                 evaluation=self.evaluation,
             )
             for name, plan in self.settings.items()
@@ -403,12 +420,17 @@ def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
     path = Path(path)
     raw = _read_yaml(path)
     if baselines and isinstance(raw, dict) and isinstance(raw.get("objectives"), list):
-        raw = {**raw, "objectives": [*raw["objectives"], *(json.loads(b) for b in baselines)]}
+        raw = {**raw, "objectives": [*raw["objectives"], *(_baseline(b) for b in baselines)]}
+    if isinstance(raw, dict) and isinstance(raw.get("objectives"), list):
+        try:
+            raw = {**raw, "objectives": [expand(entry) for entry in raw["objectives"]]}
+        except ValueError as error:
+            raise ValueError(f"{path}: objectives.{error}") from None
     suite: Suite = parse(Suite, raw, str(path))
     for entry in suite.objectives:
         for name, plan in suite.settings.items():
             try:
-                _check_objective(_spelled_out(entry, name), plan)
+                _check_objective(_spelled_out(entry, name, plan))
             except ValueError as error:
                 raise ValueError(f"{path}: objectives.{entry.name}.{error}") from None
     return suite
@@ -430,6 +452,18 @@ def find_base(suite: Suite, setting: str) -> BaseConfig:
     raise ValueError(f"--setting {setting}: not in the suite; it has {', '.join(suite.settings)}")
 
 
+def _baseline(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"--baseline {text!r:.80}: not JSON") from None
+
+
+def _one_line(message: str) -> str:
+    """The message without line breaks and control characters, which a key in the file may hold."""
+    return " ".join("".join(c if c.isprintable() else " " for c in message).split())
+
+
 def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
     """`raw` (plain data) as a checked `kind`; ValueError of one line naming `where` and the key otherwise."""
     try:
@@ -443,7 +477,7 @@ def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
         key = ".".join(str(part) for part in first["loc"])
         message = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(first["type"], first["msg"])
         message = message.removeprefix("Value error, ")
-        raise ValueError(f"{where}: {key + ': ' if key else ''}{message}".replace("\n", " ")) from None
+        raise ValueError(f"{where}: {_one_line((key + ': ' if key else '') + message)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -474,11 +508,12 @@ def _read_yaml(path: Path) -> object:
         raise ValueError(f"{path}: cannot be read ({reason}); suites are YAML files such as config/mini.yaml") from None
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyError) as error:
+        # PyYAML raises the last two for !!timestamp and !!bool before text that is neither.
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"{path}:{line} not valid YAML: {problem}".replace("\n", " ")) from None
+        raise ValueError(f"{path}:{line} not valid YAML: {_one_line(problem)}") from None
 
 
 def _unique(values: Any, what: str) -> None:
@@ -487,23 +522,48 @@ def _unique(values: Any, what: str) -> None:
             raise ValueError(f"{what} {value!r} is given twice")
 
 
-def _spelled_out(entry: ObjectiveEntry, setting: str) -> ObjectiveEntry:
+def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> ObjectiveEntry:
     """The entry for one setting, every objective setting explicit, so that a changed default changes the run's id."""
     # Imported late: this module must load without torch, which the objectives need.
     import dataclasses
+    import typing
 
-    from cppo.objectives import settings_of
+    from cppo.objectives import settings_of, spec
 
-    values = {**entry.settings, **entry.by_setting.get(setting, {})}
     try:
-        resolved = dataclasses.asdict(settings_of(entry.objective, **values))
+        kind = spec(entry.objective).settings
     except ValueError as error:
-        key = "settings." if error.args[0].split(":")[0] in values else ""
-        raise ValueError(f"{key}{error}") from None
+        raise ValueError(f"objective: {error}") from None
+    here = entry.by_setting.get(setting, {})
+    values = {**entry.settings, **here}
+    if values.get("span") == "max_response_tokens":
+        values["span"] = plan.rollout.max_response_tokens
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    try:
+        for key, value in values.items():
+            if key not in known:
+                owner = f"objective {entry.objective}"
+                raise ValueError(f"{key}: unknown setting of {owner}; known: {', '.join(known) or 'none'}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: {value} is not a finite number")
+            if key == "span" and isinstance(value, int) and value < plan.rollout.max_response_tokens:
+                raise ValueError(f"span: {value} is shorter than rollout.max_response_tokens of setting {setting}")
+        for key, field in known.items():
+            if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{key}: objective {entry.objective} has no default for it")
+        checked = settings_of(entry.objective, **values)
+    except ValueError as error:
+        key = str(error).split(":")[0]
+        where = f"by_setting.{setting}" if key in here else "settings"
+        raise ValueError(f"{where}{'.' if key in {**values, **known} else ': '}{_one_line(str(error))}") from None
+    # 20 where a float is meant becomes 20.0: equal settings have one id.
+    hints = typing.get_type_hints(kind)
+    exact = {key: TypeAdapter(hints[key]).validate_python(value, strict=True) for key, value in values.items()}
+    resolved = dataclasses.asdict(dataclasses.replace(checked, **exact))
     return entry.model_copy(update={"settings": resolved, "by_setting": {}})
 
 
-def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
+def _check_objective(entry: ObjectiveEntry) -> None:
     """ValueError for a combination that cannot run."""
     from cppo.objectives import spec
     from cppo.problems import VOCABULARY

@@ -111,8 +111,10 @@ class Statistics:
     """[B, T] log-probability of the sampled token; the only field with a gradient."""
     entropy: Tensor
     """[B, T] in nats."""
+    topk_ids: Tensor | None
+    """[B, T, K] the given ids, or the policy's own likeliest where `top_k` asked for them."""
     topk_logp: Tensor | None
-    """[B, T, K] log-probabilities of the given ids."""
+    """[B, T, K] log-probabilities of these ids."""
     logp_all: Tensor | None
     """[B, T, V] the whole distribution, where asked for."""
 
@@ -147,11 +149,13 @@ def statistics(
     mask: Tensor,
     temperature: float,
     topk_ids: Tensor | None = None,
+    top_k: int = 0,
     full: bool = False,
 ) -> Statistics:
     """Log-probabilities, entropy and top-K log-probabilities of the policy at sampled tokens.
 
-    prompts: B lists of ids; responses [B, T] ids; mask [B, T] bool; topk_ids [B, T, K]; full: also return [B, T, V].
+    prompts: B lists of ids; responses [B, T] ids; mask [B, T] bool; topk_ids [B, T, K]: ids to look up; top_k: find the
+    policy's own K likeliest instead; full: also return [B, T, V].
     The output head is applied to masked-in tokens only and in chunks that are recomputed in the backward pass, so the
     logits of the whole batch never exist at once (unless `full` asks for them).
     """
@@ -167,7 +171,10 @@ def statistics(
         with torch.no_grad():
             found.append(-(logp.exp() * logp).sum(-1))
             if ids is not None:
-                found.append(logp.gather(-1, ids))
+                found += [ids, logp.gather(-1, ids)]
+            elif top_k:
+                values, own = logp.topk(top_k, -1)
+                found += [own, values]
             if full:
                 found.append(logp.detach())
         return tuple(found)
@@ -187,5 +194,5 @@ def statistics(
         return out.masked_scatter(mask.reshape(*mask.shape, *[1] * (values.dim() - 1)), values)
 
     logp, entropy, *rest = (scatter(c) for c in columns)
-    topk = rest.pop(0) if topk_ids is not None else None
-    return Statistics(logp, entropy, topk, rest.pop(0) if full else None)
+    found_ids, topk = (rest.pop(0), rest.pop(0)) if topk_ids is not None or top_k else (None, None)
+    return Statistics(logp, entropy, found_ids, topk, rest.pop(0) if full else None)

@@ -43,6 +43,17 @@ def fast_verdict(response: str, gold: str) -> float | None:
     return None
 
 
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """What DAPO adds to the reward of a response of `length` tokens: 0, then falling to -1 over the last `buffer` tokens.
+
+    Source: DAPO (arXiv:2503.14476), soft overlong punishment.
+
+    >>> [overlong_penalty(n, 20480, 4096) for n in (16384, 18432, 20480)]
+    [0.0, -0.5, -1.0]
+    """
+    return min(0.0, max(-1.0, (longest - buffer - length) / buffer))
+
+
 @dataclass
 class Judge:
     """Judges responses one after the other; owns one worker, started when first needed. Use as a context manager."""

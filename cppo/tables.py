@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from cppo.config import BaseConfig, RunConfig, Suite, parse
+from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
 KEY = ["run", "label", "setting", "seed"]
@@ -21,6 +22,25 @@ CURVES = (
     " mask_share/budget mask_share/sequence gate_mean delta_b loss value_loss grad_norm relative_logprob_error drift"
     " zero_variance skipped_updates nonfinite_updates"
 ).split()
+
+COLUMNS = {
+    "scores": [*KEY, *"step benchmark problem correct samples unjudged mean_length truncated".split()],
+    "curves": [*KEY, "iteration", *(name.replace("/", "_") for name in CURVES)],
+    "positions": [*KEY, *"step first last count drift tail".split()],
+    "tokens": [
+        *KEY,
+        *"step row position delta token advantage ratio weighted prefix_threshold threshold reason".split(),
+    ],
+    "runs": [
+        *KEY,
+        *"objective status iterations seconds rollout_tokens_per_second update_tokens_per_second".split(),
+        *"code_version commit python machine".split(),
+        *PACKAGES,
+    ],
+}
+"""Columns of each table; runs has those of provenance.json too."""
+TEXT = dict.fromkeys("run label setting benchmark problem objective status code_version commit token".split(), str)
+"""Columns that stay text when read: ten hex digits may look like a number, a label like a missing value."""
 
 
 def collect(suite: Suite, root: Path, out: Path) -> None:
@@ -37,7 +57,7 @@ def collect(suite: Suite, root: Path, out: Path) -> None:
             if not (folder / needed).is_file():
                 raise ValueError(f"{folder}: {needed} is missing; train and evaluate run {config.id} first")
         configs[config.id] = config.model_dump(mode="json")
-        parts["scores"].append(pd.read_csv(folder / "scores.csv"))
+        parts["scores"].append(_read(folder / "scores.csv", "scores"))
         parts["runs"].append(_run_row(config, folder))
         if isinstance(config, RunConfig):
             parts["curves"].append(_curves(config, folder))
@@ -57,7 +77,10 @@ def _write(table: pd.DataFrame, path: Path) -> None:
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: missing or not JSON lines; delete {path.parent} and run it again") from None
 
 
 def _keyed(config: RunConfig, rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
@@ -66,7 +89,7 @@ def _keyed(config: RunConfig, rows: list[dict[str, Any]], columns: list[str]) ->
 
 
 def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
-    done = json.loads((folder / "DONE").read_text())
+    done = _json(folder / "DONE")
     row: dict[str, Any] = {"run": config.id, "setting": config.setting, "status": done["status"]}
     if isinstance(config, RunConfig):
         timings = pd.DataFrame(_jsonl(folder / "timings.jsonl"))
@@ -81,17 +104,9 @@ def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
         }
     else:
         row |= {"label": "base", "objective": "warm start", "seed": 0, "iterations": done["steps"]}
-    columns = [
-        *KEY,
-        "objective",
-        "status",
-        "iterations",
-        "seconds",
-        "rollout_tokens_per_second",
-        "update_tokens_per_second",
-    ]
-    provenance = json.loads((folder / "provenance.json").read_text())
-    return pd.DataFrame([row | provenance], columns=[*columns, *provenance])
+    provenance = _json(folder / "provenance.json")
+    columns = dict.fromkeys([*COLUMNS["runs"], *provenance])
+    return pd.DataFrame([row | provenance], columns=list(columns))
 
 
 def _curves(config: RunConfig, folder: Path) -> pd.DataFrame:
@@ -144,48 +159,82 @@ def publish(source: Path, target: Path) -> None:
 
 def check(folder: Path) -> None:
     """ValueError, one line naming the file, unless the tables in `folder` are whole and of one code version."""
-    tables = {name: _read(folder / f"{name}.csv") for name in TABLES}
+    tables = {name: _read(folder / f"{name}.csv", name) for name in TABLES}
+    for name in TABLES:
+        if not (folder / f"{name}.parquet").is_file():
+            raise ValueError(f"{folder / name}.parquet: missing; run `python -m cppo collect` first")
     suite = parse(Suite, _json(folder / "suite.json"), str(folder / "suite.json"))
     configs = _json(folder / "configs.json")
+    _check_runs(folder, suite, configs, tables["runs"])
+    _check_scores(folder, suite, tables["scores"])
+    counts = tables["scores"].groupby(["run", "step", "benchmark"]).size().to_dict()
+    iterations = tables["curves"].groupby("run").size().to_dict()
+    for row in tables["runs"].to_dict("records"):
+        run, plan, total = row["run"], suite.settings[row["setting"]], int(row["iterations"])
+        if row["label"] == "base":
+            steps = [0]
+        else:
+            # A run that collapses at a checkpoint's iteration ends before that checkpoint is saved.
+            last = total + (row["status"] == "finished")
+            steps = list(range(plan.checkpoint_every, last, plan.checkpoint_every))
+            if iterations.get(run, 0) != total:
+                found = iterations.get(run, 0)
+                raise ValueError(f"{folder / 'curves.csv'}: run {run}: {found} iterations, expected {total}; collect again")
+        for benchmark in plan.task.benchmarks:
+            for step in steps:
+                found = counts.get((run, step, benchmark.name), 0)
+                if found != benchmark.problems:
+                    raise ValueError(
+                        f"{folder / 'scores.csv'}: run {run} step {step} {benchmark.name}: {found} problems, "
+                        f"expected {benchmark.problems}; evaluate it again"
+                    )
+
+
+def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) -> None:
+    """configs.json holds the suite's runs under their hashes, runs.csv the same ones, from one code version."""
+    where = folder / "configs.json"
+    if not isinstance(configs, dict):
+        raise ValueError(f"{where}: not an object of configurations; collect again")
     for run, config in configs.items():
         kind: type[RunConfig] | type[BaseConfig] = RunConfig if "seed" in config else BaseConfig
-        if parse(kind, config, f"{folder / 'configs.json'}: {run}").id != run:
-            raise ValueError(
-                f"{folder / 'configs.json'}: {run}: the configuration does not have this hash; collect again"
-            )
-    runs, scores = tables["runs"], tables["scores"]
-    versions = sorted(runs["code_version"].unique())
+        if parse(kind, config, f"{where}: {run}").id != run:
+            raise ValueError(f"{where}: {run}: the configuration does not have this hash; collect again")
+    expected = len(suite.settings) * (len(suite.seeds) * len(suite.objectives) + 1)
+    if len(configs) != expected:
+        raise ValueError(f"{where}: {len(configs)} runs, the suite has {expected}; collect again")
+    if sorted(runs["run"].astype(str)) != sorted(configs) or not runs["setting"].isin(list(suite.settings)).all():
+        raise ValueError(f"{folder / 'runs.csv'}: run: not the runs of configs.json; collect again")
+    versions = sorted(runs["code_version"].astype(str).unique())
     if len(versions) != 1:
         raise ValueError(
             f"{folder / 'runs.csv'}: code_version: runs come from different versions of the code ({', '.join(versions)}); "
             "delete the older run directories and run the suite again"
         )
-    if sorted(runs["run"]) != sorted(configs):
-        raise ValueError(f"{folder / 'runs.csv'}: run: not the runs of configs.json; collect again")
-    expected = sum(len(suite.seeds) * len(suite.objectives) + 1 for _ in suite.settings)
-    if len(configs) != expected:
-        raise ValueError(f"{folder / 'configs.json'}: {len(configs)} runs, the suite has {expected}; collect again")
-    if not scores["correct"].between(0, scores["samples"]).all():
-        raise ValueError(f"{folder / 'scores.csv'}: correct: outside 0..samples; evaluate again")
-    for row in runs.to_dict("records"):
-        plan = suite.settings[row["setting"]]
-        mine = scores[scores["run"] == row["run"]]
-        every = plan.checkpoint_every
-        steps = [0] if row["label"] == "base" else [*range(every, int(row["iterations"]) + 1, every)]
-        for benchmark in plan.task.benchmarks:
-            for step in steps:
-                found = len(mine[(mine["step"] == step) & (mine["benchmark"] == benchmark.name)])
-                if found != benchmark.problems:
-                    raise ValueError(
-                        f"{folder / 'scores.csv'}: run {row['run']} step {step} {benchmark.name}: {found} problems, "
-                        f"expected {benchmark.problems}; evaluate it again"
-                    )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _check_scores(folder: Path, suite: Suite, scores: pd.DataFrame) -> None:
+    """Every row is one problem's whole Avg@k."""
+    where = folder / "scores.csv"
+    if not (scores["samples"] == suite.evaluation.samples).all():
+        raise ValueError(f"{where}: samples: not {suite.evaluation.samples} in every row; evaluate again")
+    if not (scores["correct"].ge(0) & (scores["correct"] + scores["unjudged"]).le(scores["samples"])).all():
+        raise ValueError(f"{where}: correct: outside 0..samples - unjudged; evaluate again")
+    if scores.duplicated(["run", "step", "benchmark", "problem"]).any():
+        raise ValueError(f"{where}: problem: one occurs twice in a checkpoint; evaluate again")
+
+
+def _read(path: Path, table: str) -> pd.DataFrame:
+    """A table with at least its columns; text stays text."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run the suite (`snakemake`) or `python -m cppo collect` first")
-    return pd.read_csv(path, dtype={"run": str, "code_version": str})
+    try:
+        found = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
+    except ValueError:
+        raise ValueError(f"{path}: not a CSV table; delete it and make it again") from None
+    for column in COLUMNS[table]:
+        if column not in found:
+            raise ValueError(f"{path}: column {column} is missing; delete it and make it again")
+    return found
 
 
 def _json(path: Path) -> Any:

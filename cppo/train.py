@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo import divergences
-from cppo.advantages import at_last_token, gae, group_relative, whiten, zero_variance
+from cppo.batches import Batch, Collector
 from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, save_state
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel, value_loss
@@ -40,32 +40,13 @@ from cppo.policy import Statistics, load_pretrained, load_tokenizer, save_pretra
 from cppo.problems import Problem
 from cppo.provenance import provenance
 from cppo.rewards import Judge
-from cppo.rollout import Record, Rollouts
-from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import torch_generator, uniforms
+from cppo.rollout import Rollouts
 
 POSITION_BINS = 16
 """Bins of the drift by position over the longest response."""
 DUMPED_ROWS = 8
 """Responses whose tokens are dumped at a checkpoint, those with most masked tokens."""
 STREAMS = ("metrics", "timings", "positions", "tokens")
-
-
-@dataclass
-class Batch:
-    """One rollout with everything its updates need; rows of a prompt are neighbours."""
-
-    rollouts: Rollouts
-    rewards: Tensor
-    """[B], NaN where no verdict could be reached."""
-    advantages: Tensor
-    """[B, T]."""
-    position: Tensor | None
-    """[B, T], the shuffled positions of an iteration."""
-    values: Tensor | None = None
-    """[B, T], the critic's values before the updates."""
-    returns: Tensor | None = None
-    """[B, T]."""
 
 
 @dataclass
@@ -78,6 +59,7 @@ class Trainer:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     critic: ValueModel | None
+    judge: Judge
     iteration: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
@@ -94,82 +76,35 @@ class Trainer:
             if self.critic
             else None
         )
+        self.collector = Collector(self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge)
         self.seconds: dict[str, float] = {}
 
     # One iteration ---------------------------------------------------------------------------------------------------
 
-    def step(self, judge: Judge) -> None:
+    def step(self) -> None:
         """One rollout and its updates; appends to the streams."""
         started = time.perf_counter()
         self.iteration += 1
         self.seconds = {}
         with self.timed("rollout"):
-            asked, rollouts = self.sample()
-        with self.timed("reward"):
-            rewards = self.judge(asked, rollouts, judge)
+            sampled = self.collector.gather(self.iteration)
         with self.timed("advantage"):
-            batch = self.advantages(rollouts, rewards)
-        metrics: Metrics = self.rollout_metrics(batch)
+            batch = self.collector.batch(self.iteration, sampled)
+        plan = self.run.plan.rollout
+        metrics: Metrics = batch.metrics(plan.responses)
         shifts: list[tuple[Tensor, Tensor]] = []
         with self.timed("update"):
-            rows = self.run.plan.rollout.minibatch * self.run.plan.rollout.responses
-            for first in range(0, len(rewards), rows):
-                self.update(
-                    batch, torch.arange(first, first + rows), metrics, shifts, last=first + rows == len(rewards)
-                )
+            rows = plan.minibatch * plan.responses
+            for first in range(0, len(batch.rewards), rows):
+                last = first + rows == len(batch.rewards)
+                self.update(batch, torch.arange(first, first + rows), metrics, shifts, last)
         means = {name: total / count if count else None for name, (total, count) in sorted(metrics.items())}
         self.append("metrics", [{"iteration": self.iteration, **means}])
         self.append("positions", self.positions(shifts))
         self.seconds["total"] = time.perf_counter() - started
-        tokens = int(rollouts.mask.sum())
+        tokens = int(batch.rollouts.mask.sum())
         rates = {f"{p}_tokens_per_second": tokens / self.seconds[p] for p in ("rollout", "update")}
         self.append("timings", [{"iteration": self.iteration, "tokens": tokens, **self.seconds, **rates}])
-
-    def sample(self) -> tuple[list[Problem], Rollouts]:
-        """The iteration's problems, each G times, and their responses."""
-        plan, run = self.run.plan.rollout, self.run
-        order = problem_order(len(self.problems), plan.prompts, self.iteration, run.setting, run.seed)
-        asked = [self.problems[i] for i in order for _ in range(plan.responses)]
-        prompts = [self.tokenizer(p.question).input_ids for p in asked]
-        noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, self.iteration)
-        record = recorded(run.objective.divergence)
-        return asked, TorchEngine(self.policy).generate(prompts, noise, plan.temperature, record=record)
-
-    def judge(self, asked: list[Problem], rollouts: Rollouts, judge: Judge) -> Tensor:
-        """Rewards [B]: 1 right, 0 wrong, NaN not judged."""
-        texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-        verdicts = [judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
-        return torch.tensor([math.nan if v is None else v for v in verdicts])
-
-    def advantages(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
-        """Advantages of the whole rollout, before any update."""
-        run, mask = self.run, rollouts.mask
-        position = None
-        if getattr(self.rule.settings, "shuffle", False):
-            position = shuffled_positions(mask, run.setting, run.seed, self.iteration)
-        if self.critic is None:
-            per_row = group_relative(rewards, run.plan.rollout.responses, std=run.objective.advantage == "grpo")
-            return Batch(rollouts, rewards, torch.where(mask, per_row.unsqueeze(1), 0), position)
-        with torch.no_grad():
-            values = torch.where(mask, self.critic(rollouts.prompts, rollouts.responses), 0)
-        judged = mask & ~rewards.isnan().unsqueeze(1)
-        critic = run.plan.critic
-        raw, returns = gae(at_last_token(rewards, mask), values, mask, critic.gamma, critic.lam)
-        return Batch(rollouts, rewards, whiten(raw, judged), position, values, returns)
-
-    def rollout_metrics(self, batch: Batch) -> Metrics:
-        """What is known before the updates."""
-        rewards, rollouts = batch.rewards, batch.rollouts
-        rows = float(len(rewards))
-        judged = float((~rewards.isnan()).sum())
-        return {
-            "reward": (float(rewards.nansum()), judged),
-            "accuracy": (float((rewards == 1).sum()), judged),
-            "unjudged": (rows - judged, rows),
-            "response_length": (float(rollouts.mask.sum()), rows),
-            "truncated": (float(rollouts.truncated.sum()), rows),
-            "zero_variance": (float(zero_variance(rewards, self.run.plan.rollout.responses).sum()), rows),
-        }
 
     def update(
         self, batch: Batch, rows: Tensor, metrics: Metrics, shifts: list[tuple[Tensor, Tensor]], last: bool
@@ -207,11 +142,11 @@ class Trainer:
             values = self.critic(part.prompts, part.responses)
             error = value_loss(values, old, returns, judged, plan.critic.value_clip, float(judged.sum()))
             self.descend(error, self.critic_optimizer, self.critic, plan.optimizer.lr * plan.critic.lr_factor)
-            add(metrics, {"value_loss": (float(error), 1.0)})
+            add(metrics, {"value_loss": (error.item(), 1.0)})
         finite = math.isfinite(norm)
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         add(metrics, {"skipped_updates": (0.0, 1.0), "nonfinite_updates": (float(not finite), 1.0)})
-        add(metrics, {"loss": (float(loss), 1.0), "grad_norm": (norm, 1.0)} if finite else {})
+        add(metrics, {"loss": (loss.item(), 1.0), "grad_norm": (norm, 1.0)} if finite else {})
         add(metrics, loss_metrics)
         add(metrics, token_metrics(self.rule, tokens, now.entropy))
         shifts.append((probability_shift(tokens), part.mask))
@@ -224,7 +159,7 @@ class Trainer:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), plan.grad_clip))
-        if math.isfinite(norm) and math.isfinite(float(loss)):
+        if math.isfinite(norm) and math.isfinite(loss.item()):
             for group in optimizer.param_groups:
                 group["lr"] = peak * min(1.0, self.updates / max(plan.warmup_updates, 1))
             optimizer.step()
@@ -339,13 +274,13 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     (folder / "config.json").write_text(run.model_dump_json(indent=1))
     (folder / "provenance.json").write_text(json.dumps(provenance(), indent=1))
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
-    trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic)
-    trainer.resume()
     total, status = run.plan.iterations, "finished"
-    label = f"{run.label} seed {run.seed}"
-    with Judge() as judge, tqdm(total=total, initial=trainer.iteration, desc=label, unit="it", mininterval=5) as bar:
+    with Judge() as judge, tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5) as bar:
+        trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, judge)
+        trainer.resume()
+        bar.update(trainer.iteration)
         while trainer.iteration < total:
-            trainer.step(judge)
+            trainer.step()
             bar.update()
             if trainer.nonfinite_in_a_row >= run.plan.collapse_after:
                 status = f"collapsed at step {trainer.iteration}"
@@ -355,31 +290,6 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     partial = folder / "DONE.partial"
     partial.write_text(json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
     os.replace(partial, folder / "DONE")
-
-
-def problem_order(count: int, prompts: int, iteration: int, setting: str, seed: int) -> list[int]:
-    """Indices of the iteration's prompts (iterations from 1): a new permutation of all problems in each epoch."""
-    order: list[int] = []
-    for place in range((iteration - 1) * prompts, iteration * prompts):
-        epoch, offset = divmod(place, count)
-        if not order or offset == 0:
-            permutation = torch.randperm(count, generator=torch_generator("order", setting, seed, epoch))
-        order.append(int(permutation[offset]))
-    return order
-
-
-def shuffled_positions(mask: Tensor, setting: str, seed: int, iteration: int) -> Tensor:
-    """A random permutation of 1..T_i for the trained tokens of each row [B, T]; kept over the rollout's updates."""
-    noise = uniforms(*mask.shape, "shuffle", setting, seed, iteration)
-    order = torch.where(mask, noise, torch.inf).argsort(-1)
-    return order.argsort(-1) + 1
-
-
-def recorded(divergence: Divergence | None) -> Record:
-    """What the rollout must keep of mu for this estimator."""
-    if divergence is None or divergence.estimator == "binary":
-        return Record()
-    return Record(full=True) if divergence.estimator == "exact" else Record(top_k=divergence.k or 0)
 
 
 def estimate(divergence: Divergence, now: Statistics, part: Rollouts) -> Tensor:

@@ -18,10 +18,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of backend)
-import pandas as pd  # noqa: E402
-from matplotlib.artist import Artist  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
 
 TEXT = {"run", "label", "setting", "status", "benchmark", "problem", "token", "code_version"}
 """Columns that are text whatever they hold (a token may read "1" or "NA"); all others must be numbers."""
@@ -63,12 +63,12 @@ LOOKS: dict[str, Look] = {
     "cppo_budget_fixed": Look("CPPO fixed budget", "#CC6677", "8"),
     "cppo_wmin": Look("CPPO lower w_min", "#44AA99", "H"),
     "cppo_kl": Look("CPPO-KL", "#88CCEE", "v"),
-    "trm_kl": Look("TRM Max&Avg", "#882255", "d"),
+    "trm_kl": Look("TRM Max&Avg", "#882255", "s"),
     "cppo_binary": Look("CPPO-Binary", "#999933", "^"),
 }
 EXTRA = ("#44AA99", "#AA4499", "#DDAA33", "#117733", "#332288", "#CC6677", "#88CCEE", "#661100")
 EXTRA_MARKERS = ("h", "8", "H", "<", ">")
-LEADING = {"cppo": "CPPO", "dppo": "DPPO", "grpo": "GRPO", "ppo": "PPO", "trm": "TRM", "gspo": "GSPO", "sapo": "SAPO"}
+ACRONYMS = {"cppo", "drpo", "dppo", "gmpo", "grpo", "gspo", "kl", "pg", "ppo", "sapo", "spo", "trm", "tv"}
 
 
 class Results:
@@ -156,8 +156,8 @@ class Results:
             return LOOKS[label]
         unknown = [name for name in self.labels if name not in LOOKS]
         n = unknown.index(label)
-        first, *rest = label.replace("-", "_").split("_")
-        name = " ".join([LEADING.get(first, first), *rest])
+        words = label.replace("-", "_").split("_")
+        name = " ".join(word.upper() if word in ACRONYMS else word for word in words)
         return Look(name, EXTRA[n % len(EXTRA)], EXTRA_MARKERS[n % len(EXTRA_MARKERS)])
 
     def name(self, label: str) -> str:

@@ -54,7 +54,7 @@ def draw(results: Results, out: Path) -> None:
     ax.set_xlim(x[0] - 0.7, x[-1] + 0.7)
     ax.set_xticks(x, [visible(token) for token in shown["token"]], family="DejaVu Sans Mono")
     for tick, k in zip(ax.get_xticklabels(), kinds, strict=True):
-        tick.set_rotation(90 if len(tick.get_text()) > 2 else 0)
+        tick.set_rotation(90 if len(tick.get_text().replace(r"\$", "$")) > 2 else 0)
         if k in ("threshold", "budget"):  # a short bar hides its colour
             tick.set(color=KINDS[k][0], weight="bold")
     ax.grid(axis="x", visible=False)

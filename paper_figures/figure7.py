@@ -12,7 +12,8 @@ from pathlib import Path
 import catalog
 import numpy as np
 from common import Results, canvas, save, script
-from panels import band_note, legend, line, spread, training
+from panels import band_note, iterations, legend, line, spread, training
+from scores import Floats
 
 
 def draw(results: Results, out: Path) -> None:
@@ -25,9 +26,7 @@ def draw(results: Results, out: Path) -> None:
     for setting, (top, bottom) in zip(settings, grid.T, strict=True):
         for label in labels:
             x, budget, lost = training(results, setting, label, "delta_b")
-            masked = training(results, setting, label, "mask_share")[1]
-            rejected = training(results, setting, label, "mask_share_budget")[1]
-            share = np.divide(100 * rejected, masked, out=np.full(masked.shape, np.nan), where=masked > 0)
+            share = budget_share(results, setting, label)
             lost_any = lost_any or any(lost)
             look = results.look(label)
             for ax, values in ((top, budget), (bottom, share)):
@@ -39,13 +38,21 @@ def draw(results: Results, out: Path) -> None:
                     top.axhline(factor * rule["delta_b"], color=look.color, linestyle="--", linewidth=0.8)
         top.set_title(results.title(setting))
         top.margins(y=0.1)
-        bottom.set_xlabel("iteration")
-        bottom.set_ylim(0, None)
+        iterations(bottom)
+        bottom.set_ylim(0, max(1, bottom.get_ylim()[1]))
     grid[0, 0].set_ylabel(r"effective $\delta_b$")
     grid[1, 0].set_ylabel("masked by the budget\n(% of masked tokens)")
     figure.suptitle(band_note(results), fontsize=7, color="0.35")
     legend(figure, results, labels, lost_any, base=False, markers=False)
     save(figure, out, "figure7")
+
+
+def budget_share(results: Results, setting: str, label: str) -> Floats:
+    """Percent of the masked tokens that only the prefix budget rejected, [S, N]; NaN where nothing was masked."""
+    masked = training(results, setting, label, "mask_share")[1]
+    rejected = training(results, setting, label, "mask_share_budget")[1]
+    share: Floats = np.divide(100 * rejected, masked, out=np.full(masked.shape, np.nan), where=masked > 0)
+    return share
 
 
 def shown(results: Results) -> list[str]:

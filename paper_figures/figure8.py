@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from common import Results, canvas, save, script
-from panels import band_note, legend, line, spread, training, validation
+from panels import band_note, iterations, legend, line, spread, training, validation
 from scores import benchmarks, curves
 
 BOTTOM = {
@@ -54,7 +54,7 @@ def one(results: Results, setting: str, out: Path) -> None:
         if column == "relative_logprob_error":
             ax.set_yscale("log")
         ax.set_title(title)
-        ax.set_xlabel("iteration")
+        iterations(ax)
     any_lost = any(step is not None for curve in found.values() for step in curve.collapsed)
     figure.suptitle(f"{results.title(setting)} ({band_note(results)})")
     legend(figure, results, results.labels, any_lost)

@@ -14,15 +14,13 @@ from common import DataError, Look, Results, canvas, legend_below, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scores import Curve, Floats, curves, runs, stream
 
 from cppo import statistics
 
-CROSS = Line2D(
-    *([], []),
-    **{"color": "white", "marker": "X", "markeredgecolor": "black", "linestyle": "", "markersize": 7},
-    label="run collapsed (dotted: the others)",
-)
+CROSS = Line2D([], [], color="white", marker="X", linestyle="", markersize=7, markeredgecolor="black")
+CROSS.set_label("run collapsed (dotted: the others)")
 
 
 def line(
@@ -75,7 +73,13 @@ def validation(
             lost,
             markers=True,
         )
+    iterations(ax)
+
+
+def iterations(ax: Axes) -> None:
+    """Whole iterations below the panel."""
     ax.set_xlabel("iteration")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def training(results: Results, setting: str, label: str, column: str) -> tuple[Floats, Floats, list[bool]]:

@@ -176,7 +176,7 @@ def _arrays(
     for name, index in zip(("seed", "step", "problem"), cells, strict=True):
         if (index < 0).any():
             row = rows.iloc[int(np.argmin(index))]
-            raise DataError(f"{where}: run {row['run']}: {name} {row[name]!r} is not in the suite or has no base row")
+            raise DataError(f"{where}: run {row['run']}: {name} {row[name]} is not in the suite or has no base row")
     times = np.zeros(shape, dtype=np.int64)
     np.add.at(times, cells, 1)
     correct, judged = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)

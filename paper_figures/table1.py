@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from common import Results, script
 from scores import Curve, Summary, curves, stream
-from tables import Cell, collapse_at, collapses, lost, marks, percent, protocol, score_cell, write
+from typeset import Cell, collapse_at, collapses, lost, marks, percent, protocol, score_cell, write
 
 from cppo import statistics
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Results, script
-from tables import write
+from typeset import write
 
 FACTS = {
     "pg": ("ratio ρₜ, capped", "nothing", "every token kept"),

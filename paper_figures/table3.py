@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Results, script
-from tables import write
+from typeset import write
 
 HEADS = {
     "model": "Model",

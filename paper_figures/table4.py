@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import Results, script
 from scores import Summary, benchmarks, curves
-from tables import Cell, all_benchmarks, collapse_at, collapses, lost, marks, percent, protocol, score_cell, write
+from typeset import Cell, all_benchmarks, collapse_at, collapses, lost, marks, percent, protocol, score_cell, write
 
 
 def draw(results: Results, out: Path) -> None:

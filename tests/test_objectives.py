@@ -298,6 +298,33 @@ def test_the_batch_notices_which_tokens_enter_the_prefix(wrong: str) -> None:
     assert differ >= 2
 
 
+PAPER: dict[str, dict[str, Any]] = {
+    "ppo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
+    "grpo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None},
+    "cispo": {"clip_low": None, "clip_high": 4.0},
+    "dppo": {"delta": 0.15, "cap": 20.0},
+    "pg": {"cap": 20.0},
+    "cppo": {
+        "delta": 0.15,
+        "w_min": 0.8,
+        "delta_b": 0.02,
+        "adaptive": True,
+        "quantile": 0.9,
+        "clamp_factor": 2.0,
+        "span": None,
+        "shuffle": False,
+        "soft": False,
+        "cap": 20.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_defaults_are_the_papers(name: str) -> None:
+    """CPPO (arXiv:2606.10968) Table 3 for a dense Base model, and section 4.1 for the baselines."""
+    assert vars(objective(name).settings) == PAPER[name]
+
+
 # Ties. Dyadic numbers make every sum exact in float32.
 
 

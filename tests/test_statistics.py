@@ -58,7 +58,7 @@ def slow_bootstrap(correct: np.ndarray, k: int, g: np.random.Generator, resample
     draws = np.empty(resamples)
     for r in range(resamples):
         rows = g.integers(seeds, size=seeds)
-        columns = [g.choice(np.flatnonzero(BENCHMARK == BENCHMARK[p])) for p in range(problems)]
+        columns = [g.choice(np.flatnonzero(BENCHMARK[p] == BENCHMARK)) for p in range(problems)]
         parts: dict[int, list[float]] = {0: [], 1: [], 2: []}
         for row in correct[rows]:
             for p in columns:

@@ -11,7 +11,10 @@ nor lm-eval is imported here, so that other trainers can use the objectives alon
 """
 
 from cppo.objectives import divergence as divergence
+from cppo.objectives import prefix as prefix
 from cppo.objectives import ratio as ratio
+from cppo.objectives import sequence as sequence
+from cppo.objectives import smooth as smooth
 from cppo.objectives.registry import Objective, names, objective, register, settings_of, spec
 from cppo.objectives.types import Reason, Terms, Tokens
 

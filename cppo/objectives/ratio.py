@@ -1,4 +1,4 @@
-"""Rules on the importance ratio rho_t = pi(y_t) / mu(y_t): PG, PPO, GRPO, CISPO.
+"""Rules on the importance ratio rho_t = pi(y_t) / mu(y_t): GPG, PG, PPO, GRPO, CISPO.
 
 The clip rules are written as a mask: a clipped token's published loss is a constant, here it is 0; the gradient is the
 same, and so is which tokens count as masked.
@@ -16,9 +16,21 @@ from cppo.objectives.types import Reason, Terms, Tokens
 MAX_LOG_RATIO = 20.0
 
 
+def log_ratio(tokens: Tokens) -> Tensor:
+    """log rho_t [B, T], clamped, differentiable in `logp`."""
+    return (tokens.logp - tokens.rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def ratio(tokens: Tokens) -> Tensor:
     """rho_t [B, T], differentiable in `logp`."""
-    return (tokens.logp - tokens.rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return log_ratio(tokens).exp()
+
+
+def clipped(rho: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None) -> Tensor:
+    """bool: the ratio left [1 - clip_low, 1 + clip_high] in its advantage's direction; None = that side is open."""
+    low = torch.inf if clip_low is None else clip_low
+    high = torch.inf if clip_high is None else clip_high
+    return ((advantages > 0) & (rho > 1 + high)) | ((advantages < 0) & (rho < 1 - low))
 
 
 def weighted_logp(tokens: Tokens, cap: float | None) -> Tensor:
@@ -40,6 +52,20 @@ def positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}: {value} must be above 0 (or null for none)")
+
+
+@dataclass(frozen=True)
+class GPG:
+    """Settings of `gpg`: none."""
+
+
+@register()
+def gpg(cfg: GPG, tokens: Tokens) -> Terms:
+    """A log pi(y_t) without an importance ratio: plain REINFORCE, exact on the first update of a rollout only.
+
+    Used with `gpg` advantages. Source: GPG (arXiv:2504.02546), as in verl.
+    """
+    return hard_gate(tokens.advantages * tokens.logp, torch.ones_like(tokens.mask))
 
 
 @dataclass(frozen=True)
@@ -88,9 +114,7 @@ def ppo(cfg: PPO, tokens: Tokens) -> Terms:
     Source: CPPO (arXiv:2606.10968) Eq. 2; Schulman et al. (arXiv:1707.06347).
     """
     rho = ratio(tokens)
-    low = torch.inf if cfg.clip_low is None else cfg.clip_low
-    high = torch.inf if cfg.clip_high is None else cfg.clip_high
-    outside = ((tokens.advantages > 0) & (rho > 1 + high)) | ((tokens.advantages < 0) & (rho < 1 - low))
+    outside = clipped(rho, tokens.advantages, cfg.clip_low, cfg.clip_high)
     if cfg.dual_clip is not None:
         outside = outside | ((tokens.advantages < 0) & (rho > cfg.dual_clip))
     return hard_gate(tokens.advantages * rho, ~outside)

@@ -70,6 +70,35 @@ class Rollouts:
         )
 
 
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """All rows of all parts, padded to the longest."""
+    width = max(part.responses.shape[1] for part in parts)
+
+    def stack(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        return torch.cat([_widen(value, width) for value in values])
+
+    responses, mask, logp = stack("responses"), stack("mask"), stack("logp")
+    assert responses is not None and mask is not None and logp is not None
+    return Rollouts(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        responses=responses,
+        mask=mask,
+        truncated=torch.cat([part.truncated for part in parts]),
+        logp=logp,
+        topk_ids=stack("topk_ids"),
+        topk_logp=stack("topk_logp"),
+        logp_all=stack("logp_all"),
+    )
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """x [B, T, ...] with zeros (False) up to `width` columns."""
+    return torch.cat([x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])], 1)
+
+
 class Engine(Protocol):
     """Samples responses."""
 

@@ -1,0 +1,75 @@
+"""Named objective entries: `preset: cppo_paper` in a suite stands for these keys; keys given beside it win.
+
+Paper and releases differ in choices that change numbers; a preset names one consistent set of them. Where the paper is
+explicit, `cppo_paper` follows it; where it is silent, it follows what both releases agree on. Centred advantages and
+seq-mean-token-sum-norm with the run's longest response as horizon are those of all CPPO and DPPO releases.
+"""
+
+from typing import Any
+
+_MATCHED = {"advantage": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", "anchor": "rollout"}
+_TOP20 = {"estimator": "top_k", "kind": "tv", "k": 20}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Top-20 TV, weights over the response's own length, budget clamped at twice its floor (Eq. 8-11, 22; Table 3).
+    "cppo_paper": {"objective": "cppo", "divergence": _TOP20, **_MATCHED},
+    # UniRL's release: Binary TV, differentiable ratio without a cap, always adaptive.
+    "cppo_unirl": {
+        "objective": "cppo",
+        "settings": {"cap": None},
+        "divergence": {"estimator": "binary", "kind": "tv"},
+        **_MATCHED,
+    },
+    # The later verl pull request: Binary TV, clamp factor 5, weights over the padded width.
+    "cppo_verl": {
+        "objective": "cppo",
+        "settings": {"clamp_factor": 5.0, "span": "max_response_tokens"},
+        "divergence": {"estimator": "binary", "kind": "tv"},
+        **_MATCHED,
+    },
+    "grpo_paper": {"objective": "grpo", **_MATCHED},
+    "dppo_paper": {"objective": "dppo", "divergence": _TOP20, **_MATCHED},
+    # TRM's thresholds for a single criterion, on the KL that the rollout can give.
+    "trm_max_paper": {"objective": "trm", "divergence": {**_TOP20, "kind": "kl"}, **_MATCHED},
+    "trm_avg_paper": {
+        "objective": "trm",
+        "settings": {"delta_max": None, "delta_mean": 0.001},
+        "divergence": {**_TOP20, "kind": "kl"},
+        **_MATCHED,
+    },
+    "cispo_paper": {"objective": "cispo", **_MATCHED},
+    "minpro_paper": {"objective": "minpro", **_MATCHED},
+    # The published forms of relatives, each with its own advantages and aggregation.
+    "dapo": {"objective": "grpo", "advantage": "grpo", "aggregation": "token-mean", "anchor": "recomputed"},
+    "dr_grpo": {
+        "objective": "ppo",
+        "advantage": "dr_grpo",
+        "aggregation": "seq-mean-token-sum-norm",
+        "anchor": "recomputed",
+    },
+    "reinforce_pp": {"objective": "ppo", "advantage": "reinforce_pp", "anchor": "recomputed"},
+    "rloo": {"objective": "ppo", "advantage": "rloo", "anchor": "recomputed"},
+    "gpg": {"objective": "gpg", "advantage": "gpg"},
+    "gspo": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    "gmpo": {"objective": "gmpo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    "sapo": {"objective": "sapo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    "drpo": {"objective": "drpo", **_MATCHED},
+    "spo": {"objective": "drpo", "settings": {"weight_by_mu": False}, **_MATCHED},
+}
+
+
+def expand(entry: Any) -> Any:
+    """An objective entry as read from YAML with its preset filled in; anything else comes back unchanged.
+
+    Raises ValueError for an unknown preset.
+    """
+    if not isinstance(entry, dict) or "preset" not in entry:
+        return entry
+    given = {key: value for key, value in entry.items() if key != "preset"}
+    preset = PRESETS.get(entry["preset"]) if isinstance(entry["preset"], str) else None
+    if preset is None:
+        raise ValueError(f"preset: unknown {entry['preset']!r}; known: {', '.join(PRESETS)}")
+    settings = given.get("settings", {})
+    if isinstance(settings, dict):
+        given["settings"] = {**preset.get("settings", {}), **settings}
+    return {**preset, **given}

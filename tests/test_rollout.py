@@ -1,0 +1,119 @@
+"""The KV-cache loop samples from the model it is given, and records what the trainer computes."""
+
+import pytest
+import torch
+from tiny import DENSE, MOE
+
+from cppo.config import Model
+from cppo.policy import EOS, create_model, create_tokenizer, statistics
+from cppo.rollout import Record, sample
+from cppo.rollout.torch_engine import TorchEngine
+from cppo.seeds import uniforms
+
+PROMPTS = ["3a-8>", "3a-8>", "1a+2b*3>", "7a*9b-1c+5>", "1a+2b*3>"]  # three lengths, repeats
+
+
+def prompt_ids() -> list[list[int]]:
+    tokenizer = create_tokenizer()
+    return [tokenizer(text).input_ids for text in PROMPTS]
+
+
+@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_recorded_log_probabilities_equal_the_trainers(model: Model, temperature: float) -> None:
+    """Sampled, top-K and full log-probabilities agree to 1e-4 in float32 at the same weights (seen: 1e-6)."""
+    policy = create_model(model, "test")
+    rollouts = TorchEngine(policy).generate(
+        prompt_ids(), uniforms(5, 12, "test"), temperature, record=Record(top_k=3, full=True)
+    )
+    assert len(set(rollouts.lengths.tolist())) > 1 or bool(rollouts.truncated.all())
+    now = statistics(
+        policy, rollouts.prompts, rollouts.responses, rollouts.mask, temperature, topk_ids=rollouts.topk_ids, full=True
+    )
+    assert torch.allclose(now.logp, rollouts.logp, atol=1e-4)
+    assert now.topk_logp is not None and rollouts.topk_logp is not None
+    assert torch.allclose(now.topk_logp, rollouts.topk_logp, atol=1e-4)
+    assert now.logp_all is not None and rollouts.logp_all is not None
+    assert torch.allclose(now.logp_all, rollouts.logp_all, atol=1e-4)
+    entropy = -(rollouts.logp_all.exp() * rollouts.logp_all).sum(-1)
+    assert torch.allclose(now.entropy[rollouts.mask], entropy[rollouts.mask], atol=1e-4)
+
+
+def test_cached_decoding_equals_a_fresh_forward_pass_for_every_token() -> None:
+    """The same responses come out when each token is sampled from a full forward pass without cache or grouping."""
+    policy, noise = create_model(DENSE, "test").eval(), uniforms(5, 12, "test")
+    rollouts = TorchEngine(policy).generate(prompt_ids(), noise, 0.9, top_p=0.8)
+    for row, prompt in enumerate(prompt_ids()):
+        ids, expected = list(prompt), []
+        for t in range(12):
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([ids])).logits[:, -1]
+            token, _ = sample(logits, noise[row, t : t + 1], 0.9, 0.8)
+            ids.append(int(token))
+            expected.append(int(token))
+            if expected[-1] == EOS:
+                break
+        assert rollouts.responses[row, rollouts.mask[row]].tolist() == expected
+        assert bool(rollouts.truncated[row]) == (expected[-1] != EOS)
+
+
+def test_a_rows_response_depends_on_its_own_noise_only() -> None:
+    """Order of rows and company in the batch change nothing: what makes common random numbers common."""
+    policy, noise = create_model(DENSE, "test"), uniforms(5, 12, "test")
+    whole = TorchEngine(policy).generate(prompt_ids(), noise, 1.0)
+    order = torch.tensor([3, 0, 4])
+    part = TorchEngine(policy).generate([prompt_ids()[i] for i in order], noise[order], 1.0)
+    for row, i in enumerate(order.tolist()):
+        assert part.responses[row, part.mask[row]].tolist() == whole.responses[i, whole.mask[i]].tolist()
+        assert torch.allclose(part.logp[row, part.mask[row]], whole.logp[i, whole.mask[i]], atol=1e-5)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """Frequencies of 40,000 draws are within four standard errors of softmax(logits / T)."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -30.0])
+    n = 40_000
+    ids, logp = sample(logits.expand(n, -1), uniforms(1, n, "draws")[0], 0.7, 1.0)
+    expected = torch.softmax(logits / 0.7, -1)
+    assert torch.allclose(logp[0].exp(), expected, atol=1e-6)
+    frequency = torch.bincount(ids, minlength=5) / n
+    assert ((frequency - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt() + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, {3}), (0.6, {3}), (0.65, {3, 1}), (0.87, {3, 1}), (0.89, {3, 1, 0}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+    """Probabilities 0.0871, 0.2369, 0.0321, 0.6439: the nucleus grows with top_p, in order of probability."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    ids, logp = sample(logits.expand(5000, -1), uniforms(1, 5000, "nucleus")[0], 1.0, top_p)
+    assert set(ids.tolist()) == kept
+    assert torch.allclose(logp[0], torch.log_softmax(logits, -1))  # recorded before the cut
+
+
+def test_extreme_noise_never_picks_an_impossible_token() -> None:
+    """u = 0 and u just below 1 stay inside the support."""
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for u, expected in [(0.0, 1), (1 - 2**-24, 3)]:
+        assert sample(logits, torch.tensor([u]), 1.0, 1.0)[0].item() == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_chunks_of_the_output_head_change_neither_values_nor_gradients(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token at a time, recomputed in the backward pass, equals the whole batch at once."""
+    policy = create_model(DENSE, "test")
+    rollouts = TorchEngine(policy).generate(prompt_ids(), uniforms(5, 12, "test"), 1.0, record=Record(top_k=2))
+
+    def run(elements: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", elements)
+        now = statistics(policy, rollouts.prompts, rollouts.responses, rollouts.mask, 1.0, topk_ids=rollouts.topk_ids)
+        grads = torch.autograd.grad(
+            (now.logp * torch.arange(now.logp.numel()).view_as(now.logp)).sum(), policy.parameters()
+        )
+        return torch.cat([now.logp.flatten(), now.entropy.flatten()]), list(grads)
+
+    values, grads = run(2**24)
+    chunked_values, chunked_grads = run(chunk * policy.config.vocab_size)
+    assert torch.allclose(values, chunked_values, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(grads, chunked_grads, strict=True))

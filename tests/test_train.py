@@ -1,0 +1,203 @@
+"""The training loop: reproducible, resumable, the same problems for every rule, and honest about failures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import run_of, smoke
+
+from cppo.batches import problem_order, shuffled_positions
+from cppo.checkpoint import load_latest
+from cppo.config import RunConfig, Suite
+from cppo.policy import create_model, load_pretrained, save_pretrained
+from cppo.problems import Problem, make_problems
+from cppo.rewards import Judge
+from cppo.train import Trainer, train
+
+STABLE = ("metrics.jsonl", "positions.jsonl", "tokens.jsonl")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return smoke(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture(scope="module")
+def base(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained base model: rewards are rare, but every path of the loop runs."""
+    folder = tmp_path_factory.mktemp("base")
+    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def problems(suite: Suite) -> tuple[Problem, ...]:
+    return make_problems(suite.bases()[0].plan.task, "tiny")["train"]
+
+
+@pytest.fixture(autouse=True)
+def easy_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model never solves a chain: reward responses of an even number of characters instead."""
+    monkeypatch.setattr(Judge, "verdict", lambda self, response, gold: float(len(response) % 2 == 0))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_pretrained(folder).state_dict())
+
+
+def same(a: Path, b: Path) -> bool:
+    """Equal metrics, positions and token dumps, bit for bit, and equal final weights."""
+    files = all((a / name).read_bytes() == (b / name).read_bytes() for name in STABLE)
+    one, two = weights(a / "checkpoints" / "step-4"), weights(b / "checkpoints" / "step-4")
+    return files and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("label", ["ppo", "cppo", "cppo-exact", "dppo-kl"])
+def test_same_seed_gives_identical_metrics_and_weights(
+    label: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path
+) -> None:
+    run = run_of(suite, label)
+    for name in ("a", "b"):
+        train(run, base, problems, tmp_path / name)
+    assert same(tmp_path / "a", tmp_path / "b")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert any(row["grad_norm"] for row in rows), "no update happened: the test would compare nothing"
+    assert not same(tmp_path / "a", _trained(run_of(suite, label, seed=1), base, problems, tmp_path / "c"))
+
+
+def _trained(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Path:
+    train(run, base, problems, folder)
+    return folder
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("label", ["ppo", "cppo"])
+def test_interrupted_run_continues_to_the_same_result(
+    label: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in iteration 4, after half of its updates and its half-written streams: equal to never stopped."""
+    run = run_of(suite, label)
+    whole, broken = _trained(run, base, problems, tmp_path / "whole"), tmp_path / "broken"
+    original = Trainer.update
+
+    def stop(self: Trainer, *args: object, **kwargs: object) -> None:
+        if self.updates == 7:
+            self.append("metrics", [{"half": "written"}])
+            raise Stopped
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "update", stop)
+        train(run, base, problems, broken)
+    assert not (broken / "DONE").exists()
+    train(run, base, problems, broken)
+    assert same(whole, broken)
+    assert (broken / "DONE").read_text() == (whole / "DONE").read_text()
+
+
+def test_every_rule_sees_the_same_problems_and_noise(
+    suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path
+) -> None:
+    """Before the first update all rules are the same policy: same problems in the same order, same responses."""
+    first = {}
+    for label in ("pg", "ppo", "grpo", "cppo-exact"):
+        trainer = _trainer(run_of(suite, label), base, problems, tmp_path)
+        sampled = trainer.collector.sample(1)
+        first[label] = ([p.id for p in sampled.problems], sampled.rollouts.responses.tolist())
+    assert all(value == first["pg"] for value in first.values())
+    other = _trainer(run_of(suite, "pg", seed=1), base, problems, tmp_path)
+    assert [p.id for p in other.collector.sample(1).problems] != first["pg"][0]
+
+
+def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Trainer:
+    from cppo.critic import ValueModel
+    from cppo.policy import load_tokenizer
+
+    critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
+    return Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, Judge())
+
+
+def test_each_epoch_asks_every_problem_once() -> None:
+    """10 problems, 4 a rollout: five rollouts are two epochs, each a permutation."""
+    asked = [i for draw in range(5) for i in problem_order(10, 4, draw, "s", 0)]
+    assert sorted(asked[:10]) == sorted(asked[10:]) == list(range(10))
+    assert asked[:10] != asked[10:]
+
+
+def test_shuffled_positions_are_permutations_of_the_trained_tokens() -> None:
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False], [False] * 4])
+    found = shuffled_positions(mask, "s", 0, 1)
+    assert sorted(found[0, mask[0]].tolist()) == [1, 2, 3] and found[1, 0] == 1
+    wide = torch.ones(64, 9, dtype=torch.bool)
+    rows = {tuple(row) for row in shuffled_positions(wide, "s", 0, 1).tolist()}
+    assert len(rows) > 32  # a permutation of its own for each response
+    assert torch.equal(shuffled_positions(wide, "s", 0, 1), shuffled_positions(wide, "s", 0, 1))
+
+
+def test_non_finite_updates_are_skipped_and_end_the_run_as_collapsed(
+    suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN loss leaves the weights alone; after `collapse_after` in a row the run is done, with its scores kept."""
+    import cppo.train as module
+
+    original = module.policy_loss
+
+    def poisoned(rule: object, tokens: object, *args: object) -> object:
+        loss, metrics = original(rule, tokens, *args)  # type: ignore[arg-type]
+        return loss * torch.nan, metrics
+
+    monkeypatch.setattr(module, "policy_loss", poisoned)
+    folder = _trained(run_of(suite, "grpo"), base, problems, tmp_path / "nan")
+    done = json.loads((folder / "DONE").read_text())
+    assert done == {"status": "collapsed at step 3", "iterations": 3}
+    before, after = weights(base), weights(folder / "checkpoints" / "step-2")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["nonfinite_updates"] == 1.0 for row in rows)
+
+
+def test_damaged_state_falls_back_to_the_one_before_and_says_so(
+    suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(suite, "cppo")
+    whole, broken = (
+        _trained(run, base, problems, tmp_path / "whole"),
+        _trained(run, base, problems, tmp_path / "broken"),
+    )
+    (broken / "DONE").unlink()
+    newest = broken / "state" / "000004" / "policy.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\0")
+    train(run, base, problems, broken)
+    assert same(whole, broken)
+    assert "policy.safetensors: damaged" in capsys.readouterr().out
+    for state in (broken / "state").iterdir():
+        (state / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="every saved state is damaged"):
+        load_latest(broken / "state")
+
+
+def test_zero_advantage_minibatches_skip_their_step(
+    suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rewards equal: no optimiser step, weights unchanged, every update counted as skipped."""
+    monkeypatch.setattr(Judge, "verdict", lambda self, response, gold: 1.0)
+    folder = _trained(run_of(suite, "cppo"), base, problems, tmp_path / "flat")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["skipped_updates"] == 1.0 and row["zero_variance"] == 1.0 for row in rows)
+    before, after = weights(base), weights(folder / "checkpoints" / "step-4")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_unjudged_responses_are_counted_and_never_zero(
+    suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Responses without a verdict leave the mean reward alone and get no advantage."""
+    monkeypatch.setattr(Judge, "verdict", lambda self, response, gold: None if len(response) % 2 else 1.0)
+    folder = _trained(run_of(suite, "grpo"), base, problems, tmp_path / "unjudged")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["reward"] == 1.0 for row in rows) and any(row["unjudged"] > 0 for row in rows)

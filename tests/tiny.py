@@ -1,0 +1,35 @@
+"""Small models and configurations that several test files share."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cppo.config import Model, RunConfig, Suite, load_suite
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = Model(hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=32)
+MOE = Model(
+    architecture="qwen3_moe",
+    hidden_size=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    intermediate_size=16,
+    experts=4,
+    experts_per_token=2,
+)
+
+
+def smoke(folder: Path, **changes: Any) -> Suite:
+    """config/smoke.yaml with top-level keys replaced, written to `folder` and loaded."""
+    raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump({**raw, **changes}))
+    return load_suite(path)
+
+
+def run_of(suite: Suite, label: str, seed: int = 0) -> RunConfig:
+    """The suite's run of this label and seed."""
+    return next(run for run in suite.runs() if run.label == label and run.seed == seed)
