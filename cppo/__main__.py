@@ -4,7 +4,7 @@
     python -m cppo base      --suite config/mini.yaml --setting base     the warm start
     python -m cppo runs      --suite config/mini.yaml                    run ids
     python -m cppo train     --suite config/mini.yaml --run ID           a run, or the rest of it
-    python -m cppo evaluate  --suite config/mini.yaml --run ID           its scores (or --setting NAME: the base model's)
+    python -m cppo evaluate  runs/train/cppo/ID                          scores of a run's or a base model's checkpoints
     python -m cppo collect   --suite config/mini.yaml                    tables in runs/mini/
     python -m cppo publish   mini                                        check them and copy to results/mini/
     python -m cppo check-suite config/mini.yaml                          is it valid?
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cppo.config import Suite, find_base, find_run, load_suite
+from cppo.config import RunConfig, Suite, find_base, find_run, load_suite, read_config
 
 # Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
 
@@ -73,16 +73,13 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score all checkpoints of a run, or the base model of a setting."""
+    """Score all checkpoints in a run's or a base model's directory."""
     from cppo.evaluate import evaluate as score
 
-    suite, root = _suite(args), Path(args.root)
-    if args.run is not None:
-        run = find_run(suite, args.run)
-        score(run, root / run.folder, root / run.base.data)
-    else:
-        config = find_base(suite, args.setting)
-        score(config, root / config.folder, root / config.data)
+    folder = Path(args.folder)
+    config = read_config(folder)
+    data = config.base.data if isinstance(config, RunConfig) else config.data
+    score(config, folder, folder.parents[2] / data)
 
 
 def runs(args: argparse.Namespace) -> None:
@@ -166,9 +163,7 @@ def parser() -> argparse.ArgumentParser:
     for function in (data, base):
         add(function, "suite").add_argument("--setting", required=True, help="name of a setting of the suite")
     add(train, "suite").add_argument("--run", required=True, help="a run's id (see: runs)")
-    which = add(evaluate, "suite").add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", help="a run's id (see: runs)")
-    which.add_argument("--setting", help="the base model of this setting")
+    add(evaluate).add_argument("folder", help="the directory, such as runs/train/cppo/ID")
     for function in (runs, collect):
         add(function, "suite")
     command = add(publish)

@@ -464,6 +464,23 @@ def _one_line(message: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in message).split())
 
 
+def read_config(folder: Path) -> RunConfig | BaseConfig:
+    """The resolved configuration in the directory of a run or a base model.
+
+    Raises ValueError when there is none, or when the directory's name is not its hash.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: missing or not JSON; train the run (or make the base model) first") from None
+    kind: type[RunConfig] | type[BaseConfig] = RunConfig if isinstance(raw, dict) and "seed" in raw else BaseConfig
+    config = parse(kind, raw, str(path))
+    if config.id != folder.name:
+        raise ValueError(f"{path}: its hash is {config.id}, not the directory's name: the file was edited; train again")
+    return config
+
+
 def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
     """`raw` (plain data) as a checked `kind`; ValueError of one line naming `where` and the key otherwise."""
     try:

@@ -46,7 +46,7 @@ class Score:
     samples: int
     """All samples, the k of Avg@k."""
     unjudged: int
-    """Samples without a verdict; not among the right ones."""
+    """Samples without a verdict; Avg@k is over the others."""
     mean_length: float
     """Tokens a response."""
     truncated: int
@@ -147,6 +147,7 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
         for sample in found["samples"][name]:
             sizes = model.lengths[name, sample["doc"]["id"]]
             count = len(sizes)
+            unjudged = round(sample["unjudged"] * count)
             scores.append(
                 Score(
                     run=config.id,
@@ -156,9 +157,9 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
                     step=step,
                     benchmark=name,
                     problem=sample["doc"]["id"],
-                    correct=round(sample["avg"] * count),
+                    correct=round(sample["avg"] * (count - unjudged)),
                     samples=count,
-                    unjudged=round(sample["unjudged"] * count),
+                    unjudged=unjudged,
                     mean_length=sum(length for length, _ in sizes) / count,
                     truncated=sum(truncated for _, truncated in sizes),
                 )
@@ -167,10 +168,12 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
 
 
 def checkpoint_means(scores: list[Score]) -> dict[int, float]:
-    """Step -> unweighted mean over benchmarks of Avg@k, the paper's score."""
+    """Step -> unweighted mean over benchmarks of Avg@k, the paper's score; over the judged samples of judged problems."""
     sums: dict[int, dict[str, list[float]]] = {}
     for score in scores:
-        sums.setdefault(score.step, {}).setdefault(score.benchmark, []).append(score.correct / score.samples)
+        if score.unjudged < score.samples:
+            rate = score.correct / (score.samples - score.unjudged)
+            sums.setdefault(score.step, {}).setdefault(score.benchmark, []).append(rate)
     return {step: sum(sum(rates) / len(rates) for rates in sets.values()) / len(sets) for step, sets in sums.items()}
 
 

@@ -53,12 +53,10 @@ def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
 
 
 def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-    """Judge all samples of one problem: avg = share of right ones (an unjudged one is not right), unjudged = share."""
+    """Judge all samples of one problem: avg = right ones among the judged, unjudged = share without a verdict."""
     verdicts = [_judge().verdict(response, doc["answer"]) for response in results[0]]
-    return {
-        "avg": sum(v == 1.0 for v in verdicts) / len(verdicts),
-        "unjudged": sum(v is None for v in verdicts) / len(verdicts),
-    }
+    judged = [v for v in verdicts if v is not None]
+    return {"avg": sum(judged) / max(len(judged), 1), "unjudged": 1 - len(judged) / len(verdicts)}
 
 
 @lru_cache(maxsize=1)

@@ -179,7 +179,9 @@ def check(folder: Path) -> None:
             steps = list(range(plan.checkpoint_every, last, plan.checkpoint_every))
             if iterations.get(run, 0) != total:
                 found = iterations.get(run, 0)
-                raise ValueError(f"{folder / 'curves.csv'}: run {run}: {found} iterations, expected {total}; collect again")
+                raise ValueError(
+                    f"{folder / 'curves.csv'}: run {run}: {found} iterations, expected {total}; collect again"
+                )
         for benchmark in plan.task.benchmarks:
             for step in steps:
                 found = counts.get((run, step, benchmark.name), 0)
@@ -196,7 +198,9 @@ def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) ->
     if not isinstance(configs, dict):
         raise ValueError(f"{where}: not an object of configurations; collect again")
     for run, config in configs.items():
-        kind: type[RunConfig] | type[BaseConfig] = RunConfig if "seed" in config else BaseConfig
+        kind: type[RunConfig] | type[BaseConfig] = (
+            RunConfig if isinstance(config, dict) and "seed" in config else BaseConfig
+        )
         if parse(kind, config, f"{where}: {run}").id != run:
             raise ValueError(f"{where}: {run}: the configuration does not have this hash; collect again")
     expected = len(suite.settings) * (len(suite.seeds) * len(suite.objectives) + 1)

@@ -188,7 +188,7 @@ def proposition4_coarse(u: Tensor, limits: Tensor, xi: float = 1.0) -> Tensor:
 
 def theorem1(horizon: int, lbar: float | Tensor, delta_b: float | Tensor, xi: float = 1.0) -> Tensor:
     """2 xi T(T-1) lbar delta_b (Theorem 1), if w_t D_t <= c_t = w_t l_t, P_m <= delta_b W_m for m < T, r_t non-increasing."""
-    return torch.as_tensor(2 * xi * horizon * (horizon - 1) * lbar * delta_b)
+    return _float64(2 * xi * horizon * (horizon - 1) * lbar * delta_b)
 
 
 def uniform(horizon: int, delta: float | Tensor, xi: float = 1.0) -> Tensor:
@@ -222,7 +222,7 @@ def proposition8(
 
 def equation18(horizon: int, lbar: float | Tensor, delta_b: float | Tensor, xi: float = 1.0) -> Tensor:
     """4 xi lbar (T-1)^2 delta_b (Eq. 18), if sum_{t<T} u_t <= (T-1) delta_b and nothing else: (2 - 2/T) times Theorem 1's."""
-    return torch.as_tensor(4 * xi * lbar * (horizon - 1) ** 2 * delta_b)
+    return _float64(4 * xi * lbar * (horizon - 1) ** 2 * delta_b)
 
 
 # The conditions of the statements: the smallest constants with which a pair meets them, each [N].
@@ -235,7 +235,7 @@ def path_budget(paths: Paths, weights: Tensor) -> Tensor:
 
 def mean_slack(paths: Paths, weights: Tensor, delta_b: float | Tensor) -> Tensor:
     """The smallest eta >= 0 with sum_{t<=m} w_t u_t <= delta_b W_m + eta for every m < T."""
-    allowed = torch.as_tensor(delta_b).unsqueeze(-1) * weights.cumsum(-1)
+    allowed = _float64(delta_b).unsqueeze(-1) * weights.cumsum(-1)
     used = (weights * paths.mean_divergence).cumsum(-1)
     return (used - allowed)[:, :-1].amax(-1).clamp(min=0)
 
@@ -304,8 +304,8 @@ def project_means(pair: Pair, weights: Tensor, caps: Tensor, delta_b: float, eta
 def project_terminal(pair: Pair, limit: float, delta_b: float) -> Pair:
     """Into Eq. 18's set: D_t <= limit on every path and sum_{t<T} u_t <= (T-1) delta_b (one factor for all t < T)."""
     weights = torch.ones(len(pair.mu), dtype=torch.float64)
-    pair = project(pair, weights, lambda t, spent: torch.tensor(limit))
-    share = _share(torch.tensor(delta_b), terminal_budget(enumerate_paths(pair)))[:, None, None]
+    pair = project(pair, weights, lambda t, spent: _float64(limit))
+    share = _share(_float64(delta_b), terminal_budget(enumerate_paths(pair)))[:, None, None]
     pi = [torch.lerp(q, p, share) for q, p in zip(pair.mu[:-1], pair.pi[:-1], strict=True)]
     return Pair(pair.mu, (*pi, pair.pi[-1]))
 
@@ -453,6 +453,10 @@ def _measure(claim: Claim, pair: Pair) -> tuple[Tensor, Found]:
     i = int(ratio.argmax())
     mu, pi = (tuple(x[i : i + 1].detach() for x in levels) for levels in (inside.mu, inside.pi))
     return ratio, Found(float(ratio[i].detach()), float(residual[i].detach()), Pair(mu, pi))
+
+
+def _float64(x: float | Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64)
 
 
 def _lbar(paths: Paths) -> Tensor:

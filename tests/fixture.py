@@ -54,9 +54,11 @@ class Fixture:
         return centred.unsqueeze(-1).expand_as(self.mask)
 
     def divergence(self, estimator: str, kind: divergences.Kind) -> Tensor:
-        """[B, T] for estimator "binary", "top_k_union", "top_k_replace" or "exact"."""
+        """[B, T] for estimator "binary", "top_k_union", "top_k_replace", "exact" or "k3" (which has no kind)."""
         if estimator == "binary":
             return divergences.binary(self.logp, self.rollout_logp, kind)
+        if estimator == "k3":
+            return divergences.sampled(self.logp, self.rollout_logp, "k3")
         if estimator == "exact":
             return divergences.exact(self.logp_all, self.rollout_logp_all, kind)
         support: divergences.Support = "union" if estimator == "top_k_union" else "replace"
@@ -105,7 +107,8 @@ def random_tokens(seed: int, batch: int = 6, width: int = 9, mask: Tensor | None
 
     The divergence is drawn, not computed from the log-probabilities: the rules must not care where it comes from. Its
     scale differs by row, so that with the settings used here thresholds and budgets both bind, and adaptive budgets
-    end at their floor, between the limits, and at their ceiling. One response in five has advantage 0.
+    end at their floor, between the limits, and at their ceiling. Advantages are 0 in one response of five and differ by
+    token in three of ten.
     """
     g = torch.Generator().manual_seed(seed)
     mask = ragged_mask(batch, width, g) if mask is None else mask
@@ -113,7 +116,9 @@ def random_tokens(seed: int, batch: int = 6, width: int = 9, mask: Tensor | None
     logp = rollout_logp + 0.5 * torch.randn(batch, width, generator=g, dtype=torch.float64)
     size = torch.rand(batch, 1, generator=g, dtype=torch.float64) + 0.2
     sign = torch.randint(0, 2, (batch, 1), generator=g) * 2 - 1
-    advantages = torch.where(torch.rand(batch, 1, generator=g) < 0.2, 0, sign * size).expand(batch, width).clone()
+    by_token = torch.randn(batch, width, generator=g, dtype=torch.float64)  # as GAE gives them
+    kind = torch.rand(batch, 1, generator=g)
+    advantages = torch.where(kind < 0.3, by_token, torch.where(kind < 0.5, 0, sign * size))
     scale = torch.tensor([0.005, 0.012, 0.025, 0.06], dtype=torch.float64)[torch.randint(0, 4, (batch, 1), generator=g)]
     divergence = scale * -torch.rand(batch, width, generator=g, dtype=torch.float64).log()
     # Position 0 outside the mask; inside, a permutation of 1..T_i: the rank of a random number.

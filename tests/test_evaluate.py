@@ -46,9 +46,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[BaseConfig, Path, 
     folder = tmp_path_factory.mktemp("scored")
     suite = smoke(folder, settings={"tiny": SETTING}, evaluation={"samples": 16})
     common = ["--suite", str(folder / "suite.yaml"), "--root", str(folder / "runs"), "--setting", "tiny"]
-    for command in ("data", "base", "evaluate"):
-        assert main([command, *common]) == 0
     base = suite.bases()[0]
+    for command in (["data", *common], ["base", *common], ["evaluate", str(folder / "runs" / base.folder)]):
+        assert main(command) == 0
     return base, folder / "runs" / base.folder, folder / "runs" / base.data
 
 
@@ -88,7 +88,19 @@ def test_same_weights_same_scores_and_noise_at_every_checkpoint(
 def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
     """`lm_eval --model hf` on our checkpoint and task gives our score within two standard errors of the difference."""
     _, folder, data = scored
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "one", "--device", "cpu", "--batch_size", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--tasks",
+        "one",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "64",
+    ]
     command += ["--model_args", f"pretrained={folder / 'checkpoints' / 'step-0'},dtype=float32"]
     command += ["--include_path", str(data / "lm_eval"), "--output_path", str(tmp_path)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

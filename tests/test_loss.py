@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fixture import AGGREGATIONS, random_tokens
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cppo.loss import Aggregation, batch_denominator, policy_loss
@@ -54,6 +54,7 @@ def loss_of(tokens: Tokens, aggregation: Aggregation, denominator: float | None 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("denominator", [None, 1.0, 37.0, 0.5])
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 10))
 def test_aggregation_is_its_loop(
     aggregation: Aggregation, denominator: float | None, seed: int, batch: int, width: int
@@ -178,7 +179,7 @@ def test_bad_horizon(horizon: int) -> None:
 
 @pytest.mark.parametrize("denominator", [0, 0.0, -3.0, float("nan")])
 def test_bad_denominator(denominator: float) -> None:
-    with pytest.raises(ValueError, match="denominator: .* must be above 0"):
+    with pytest.raises(ValueError, match=r"denominator: .* must be above 0"):
         policy_loss(objective("pg"), TOKENS, denominator=denominator)
 
 
@@ -197,7 +198,7 @@ def test_wrong_mask(mask: torch.Tensor) -> None:
         policy_loss(objective("pg"), replace(TOKENS, mask=mask))
 
 
-@pytest.mark.parametrize("name", ["dppo", "cppo"])
+@pytest.mark.parametrize("name", ["dppo", "cppo", "trm"])
 def test_missing_divergence(name: str) -> None:
     """An error, not a silent binary estimate."""
     with pytest.raises(ValueError, match=f"objective {name} needs tokens.divergence"):
@@ -205,12 +206,12 @@ def test_missing_divergence(name: str) -> None:
 
 
 def test_missing_position() -> None:
-    with pytest.raises(ValueError, match="cppo with shuffle=True needs tokens.position"):
+    with pytest.raises(ValueError, match=r"cppo with shuffle=True needs tokens\.position"):
         policy_loss(objective("cppo", shuffle=True), replace(TOKENS, position=None))
 
 
 def test_unknown_objective() -> None:
-    with pytest.raises(ValueError, match="unknown objective 'cpo'; known: .*cppo.*dppo"):
+    with pytest.raises(ValueError, match=r"unknown objective 'cpo'; known: .*cppo.*dppo"):
         objective("cpo")
 
 
@@ -261,12 +262,29 @@ def test_wrong_type(name: str, setting: str, value: object) -> None:
         ("grpo", "dual_clip", 0.5, "above 1"),
         ("grpo", "clip_high", -0.28, "above 0"),
         ("cispo", "clip_low", 0.0, "above 0"),
+        ("minpro", "clip_low", 0.0, "above 0"),
+        ("minpro", "clip_high", -0.28, "above 0"),
+        ("sapo", "tau_pos", 0.0, "above 0"),
+        ("sapo", "tau_neg", -1.0, "above 0"),
+        ("drpo", "delta", 0.0, "above 0"),
+        ("gspo", "clip_low", -3e-4, "above 0"),
+        ("gspo", "clip_high", 0.0, "above 0"),
+        ("gmpo", "clip_low", 0.0, "above 0"),
+        ("gmpo", "clip_high", -0.4, "above 0"),
+        ("trm", "delta_max", 0.0, "above 0"),
+        ("trm", "delta_mean", -0.001, "above 0"),
+        ("trm", "cap", 0.0, "above 0"),
         ("cispo", "clip_high", -4.0, "above 0"),
     ],
 )
 def test_out_of_range(name: str, setting: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{setting}: {value} must be {message}"):
         objective(name, **{setting: value})
+
+
+def test_trm_needs_a_criterion() -> None:
+    with pytest.raises(ValueError, match="one of delta_max and delta_mean is needed"):
+        objective("trm", delta_max=None)
 
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:

@@ -53,7 +53,7 @@ def same(a: Path, b: Path) -> bool:
     return files and all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("label", ["ppo", "cppo", "cppo-exact", "dppo-kl"])
+@pytest.mark.parametrize("label", ["ppo", "cppo", "cppo_exact", "dppo_kl"])
 def test_same_seed_gives_identical_metrics_and_weights(
     label: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path
 ) -> None:
@@ -105,7 +105,7 @@ def test_every_rule_sees_the_same_problems_and_noise(
 ) -> None:
     """Before the first update all rules are the same policy: same problems in the same order, same responses."""
     first = {}
-    for label in ("pg", "ppo", "grpo", "cppo-exact"):
+    for label in ("pg", "ppo", "grpo", "cppo_exact"):
         trainer = _trainer(run_of(suite, label), base, problems, tmp_path)
         sampled = trainer.collector.sample(1)
         first[label] = ([p.id for p in sampled.problems], sampled.rollouts.responses.tolist())

@@ -32,7 +32,8 @@ def sapo(cfg: SAPO, tokens: Tokens) -> Terms:
     Difference from PPO: a smooth gate with a temperature for each sign of A instead of a clip.
     Source: SAPO (arXiv:2511.20347).
     """
-    tau = torch.where(tokens.advantages > 0, cfg.tau_pos, cfg.tau_neg)
+    # `where` of two numbers would give float32, also for float64 tokens.
+    tau = torch.full_like(tokens.advantages, cfg.tau_neg).masked_fill(tokens.advantages > 0, cfg.tau_pos)
     surrogate = tokens.advantages * 4 / tau * torch.sigmoid(tau * (ratio(tokens) - 1))
     return hard_gate(surrogate, torch.ones_like(tokens.mask))
 

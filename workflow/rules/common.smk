@@ -15,13 +15,16 @@ BASELINE_FILES = sorted(
     str(path.resolve()) for path in Path("workflow/rules/baselines").glob("*.smk")
 )
 BASELINES = []
+# Absolute, because a baseline file inherits it into another folder.
+ENVIRONMENT = str(Path(workflow.basedir) / "environment.yml")
 
 
-# Jobs use the Python that runs snakemake. One thread a job, jobs side by side: small models gain nothing from threads, and
+# Jobs use the Python that runs snakemake, and find the suite in $CPPO_SUITE: as a param, its name would make a run that two
+# suites share look changed. One thread a job, jobs side by side: small models gain nothing from threads, and
 # busy-waiting ones slow each other down.
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH OMP_NUM_THREADS=1"
-    " HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false; "
+    f" CPPO_SUITE={SUITE_FILE} HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false; "
 )
 
 
@@ -30,7 +33,17 @@ def baseline(name, objective, **entry):
     BASELINES.append(
         json.dumps({"name": name, "objective": objective, **entry}, sort_keys=True)
     )
-    return "--baseline " + shlex.quote(BASELINES[-1])
+    return baseline_argument(BASELINES[-1])
+
+
+def baseline_argument(entry):
+    """How the command line is told about an entry."""
+    return f"--baseline {shlex.quote(entry)}"
+
+
+def slug(folder):
+    """A folder's name for rules and logs."""
+    return "_".join(Path(folder).parts)
 
 
 def loaded():

@@ -9,9 +9,9 @@ rule data:
     benchmark:
         "runs/benchmarks/data/{setting}-{data}.tsv"
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     shell:
-        "python -m cppo data --suite {SUITE_FILE} --setting {wildcards.setting} 2> >(tee {log} >&2)"
+        "python -m cppo data --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"
 
 
 rule base:
@@ -24,6 +24,6 @@ rule base:
     benchmark:
         "runs/benchmarks/base/{setting}-{base}.tsv"
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     shell:
-        "python -m cppo base --suite {SUITE_FILE} --setting {wildcards.setting} 2> >(tee {log} >&2)"
+        "python -m cppo base --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"

@@ -1,8 +1,5 @@
 # Scores: lm-eval over all checkpoints of a run, or over a base model.
 
-# All baselines, for commands that see the whole suite. Not a param: adding one must not score the other runs again.
-BASELINE_ARGS = " ".join("--baseline " + shlex.quote(entry) for entry in BASELINES)
-
 
 rule evaluate:
     input:
@@ -14,9 +11,9 @@ rule evaluate:
     benchmark:
         "runs/benchmarks/evaluate/{label}-{run}.tsv"
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     shell:
-        "python -m cppo evaluate --suite {SUITE_FILE} {BASELINE_ARGS} --run {wildcards.run} 2> >(tee {log} >&2)"
+        "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"
 
 
 rule evaluate_base:
@@ -29,6 +26,6 @@ rule evaluate_base:
     benchmark:
         "runs/benchmarks/evaluate/base-{setting}-{base}.tsv"
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     shell:
-        "python -m cppo evaluate --suite {SUITE_FILE} --setting {wildcards.setting} 2> >(tee {log} >&2)"
+        "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"

@@ -20,11 +20,11 @@ rule collect:
         f"runs/logs/collect-{SUITE}.log",
     localrule: True
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     params:
-        baselines=BASELINE_ARGS,
+        baselines=" ".join(map(baseline_argument, BASELINES)),
     shell:
-        "python -m cppo collect --suite {SUITE_FILE} {params.baselines} 2> >(tee {log} >&2)"
+        "python -m cppo collect --suite $CPPO_SUITE {params.baselines} 2> >(tee {log} >&2)"
 
 
 # One rule for each item of each folder of tables: the running suite's under runs/, the published ones' under results/.
@@ -34,10 +34,10 @@ for FOLDER, RESOLVED in table_folders().items():
 
         rule:
             name:
-                f"{ITEM}_{FOLDER.replace('/', '_')}"
+                f"{ITEM}_{slug(FOLDER)}"
             input:
-                expand("{folder}/{table}.csv", folder=FOLDER, table=TABLES),
-                f"{FOLDER}/suite.json",
+                tables=expand("{folder}/{table}.csv", folder=FOLDER, table=TABLES),
+                suite=f"{FOLDER}/suite.json",
             output:
                 report(
                     [f"{FOLDER}/figures/{file}" for file in files(RESOLVED, ITEM)],
@@ -46,13 +46,13 @@ for FOLDER, RESOLVED in table_folders().items():
                     subcategory=ITEM,
                 ),
             log:
-                f"runs/logs/figures/{FOLDER.replace('/', '_')}-{ITEM}.log",
+                f"runs/logs/figures/{slug(FOLDER)}-{ITEM}.log",
             localrule: True
             conda:
-                "../../environment.yml"
+                ENVIRONMENT
             params:
                 item=ITEM,
-                folder=FOLDER,
+                folder=subpath(input.suite, parent=True),
             shell:
                 "python paper_figures/{params.item}.py {params.folder} 2> >(tee {log} >&2)"
 

@@ -15,8 +15,8 @@ rule train:
     wildcard_constraints:
         label="|".join(entry.name for entry in load_suite(SUITE_FILE).objectives),
     conda:
-        "../../environment.yml"
+        ENVIRONMENT
     params:
         baseline="",
     shell:
-        "python -m cppo train --suite {SUITE_FILE} --run {wildcards.run} {params.baseline} 2> >(tee {log} >&2)"
+        "python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline} 2> >(tee {log} >&2)"

@@ -1,0 +1,128 @@
+"""Our objectives as policy losses of verl 0.9.1, `cppo_bench_<objective>` in its registry.
+
+    actor_rollout_ref.model.external_lib=cppo.integrations.verl                      # registers them in every worker
+    actor_rollout_ref.actor.policy_loss._target_=cppo.integrations.verl.PolicyLoss   # the settings below, checked
+    actor_rollout_ref.actor.policy_loss.loss_mode=cppo_bench_cppo
+    +actor_rollout_ref.actor.policy_loss.settings={delta:0.15,delta_b:0.02}
+    +actor_rollout_ref.actor.policy_loss.divergence={estimator:binary,kind:tv}
+    +actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}
+    algorithm.rollout_correction.bypass_mode=True                                    # the anchor is the rollout policy
+
+verl's stock configuration class refuses keys that it does not know; `PolicyLoss` adds ours. verl builds it once before
+it starts Ray, so every error below ends the launch with one line, and again in each worker.
+
+Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses (an objective reads `settings` only),
+importance weights and rejection from `rollout_correction` (refused), entropy and KL terms (verl adds its own after ours).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+from verl.workers.config import PolicyLossConfig
+
+from cppo.integrations import SampledTokenLoss
+from cppo.loss import Aggregation, check_aggregation
+from cppo.objectives import names
+
+PREFIX = "cppo_bench_"
+
+
+@dataclass
+class PolicyLoss(PolicyLossConfig):  # type: ignore[misc]
+    """verl's `actor.policy_loss` with the settings of one of our objectives. Raises ValueError for any that do not fit."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the objective that `loss_mode` names: `cppo_bench_<name>` or `cppo_bench_<module>:<function>`."""
+    divergence: dict[str, Any] | None = None
+    """{estimator: binary, kind: tv or kl}; needed by the divergence rules, only logged for others."""
+
+    def __post_init__(self) -> None:
+        if not self.loss_mode.startswith(PREFIX):
+            raise ValueError(
+                f"policy_loss.loss_mode: {self.loss_mode} is not one of {', '.join(map(loss_mode, names()))}"
+            )
+        correction = self.rollout_correction
+        if correction.get("bypass_mode") is not True:
+            raise ValueError(
+                "algorithm.rollout_correction.bypass_mode: must be True, or ratios refer to a recomputed policy; pass "
+                "+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction} with it"
+            )
+        for key in ("rollout_is", "rollout_rs"):
+            if correction.get(key) is not None:
+                raise ValueError(
+                    f"algorithm.rollout_correction.{key}: must be null, the ratio already refers to the rollout"
+                )
+        self.rule = SampledTokenLoss.of(self.loss_mode.removeprefix(PREFIX), self.settings, self.divergence)
+        register(self.loss_mode)  # an objective of the user's own is known from here on
+
+
+def loss_mode(objective: str) -> str:
+    """verl's name of an objective."""
+    return PREFIX + objective
+
+
+def compute_policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    mode: str,
+) -> tuple[Tensor, dict[str, float]]:
+    """One micro-batch's part of the mini-batch loss, in verl's signature; all tensors [B, T].
+
+    loss_agg_mode: verl's five modes are ours. Their denominators are verl's global ones where it gives them: token-mean
+        divides by the mini-batch's trained tokens, the seq modes by its rows (verl counts empty ones, we would not),
+        -norm also by `actor.loss_scale_factor`, which must be set: verl's default is the width of the micro-batch.
+        The loss is multiplied by dp_size because verl averages gradients over the data-parallel ranks.
+
+    Metrics, under actor/cppo_bench/: each as sum / count of the micro-batch, as _sum and as _count. verl averages all
+    three over micro-batches and ranks; the ratio of the last two is exact.
+
+    Raises ValueError when verl is not configured as this module's docstring says.
+    """
+    settings = config.policy_loss
+    if not isinstance(settings, PolicyLoss) or settings.loss_mode != mode:
+        raise ValueError(f"policy_loss._target_: {mode} needs {__name__}.PolicyLoss with loss_mode={mode}")
+    if rollout_is_weights is not None:
+        raise ValueError(
+            f"rollout_is_weights: {mode} is anchored on the rollout; set rollout_correction.bypass_mode=True"
+        )
+    aggregation = cast(Aggregation, loss_agg_mode)
+    horizon = config.loss_scale_factor if aggregation == "seq-mean-token-sum-norm" else None
+    check_aggregation(aggregation, horizon)
+    whole = config.global_batch_info
+    ranks = whole.get("dp_size") or 1
+    count = whole.get("global_batch_size" if aggregation.startswith("seq-") else "batch_num_tokens")
+    if count is None and ranks > 1 and aggregation != "token-sum":
+        raise ValueError(f"global_batch_info: {loss_agg_mode} on {ranks} ranks needs the global batch's counts")
+    loss, metrics = settings.rule(
+        log_prob,
+        old_log_prob,  # in bypass mode: the rollout's log-probabilities
+        advantages,
+        response_mask.bool(),
+        aggregation,
+        horizon,
+        count or None,  # a mini-batch without any trained token has loss 0
+    )
+    shown: dict[str, float] = {}
+    for name, (total, number) in metrics.items():
+        shown[f"actor/cppo_bench/{name}"] = total / max(number, 1)
+        shown[f"actor/cppo_bench/{name}_sum"], shown[f"actor/cppo_bench/{name}_count"] = total, number
+    return loss * ranks, shown
+
+
+def register(mode: str) -> None:
+    """Make `mode` a policy loss of verl; a second time is harmless."""
+    if mode not in POLICY_LOSS_REGISTRY:
+        register_policy_loss(mode)(partial(compute_policy_loss, mode=mode))
+
+
+for _name in names():
+    register(loss_mode(_name))

@@ -1,0 +1,521 @@
+"""Suites: what is committed loads, ids follow the numbers, and every mistake is one line naming file and key."""
+
+import copy
+import functools
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cppo.__main__ import main
+from cppo.config import Suite, find_base, find_run, load_suite
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = sorted((ROOT / "config").glob("*.yaml"))
+TEXT = """
+description: Every kind of key.
+seeds: [0, 1]
+settings:
+  tiny:
+    title: Tiny
+    model: {architecture: qwen3, hidden_size: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, intermediate_size: 32}
+    task: {steps: [1, 2], problems: 64, weak: 0.25, benchmarks: [{name: chain1, steps: 1, problems: 4},
+                                                                 {name: chain3, steps: 3, problems: 4}]}
+    warm_start: {max_steps: 400, target_accuracy: 0.1, check_every: 20, batch: 64, lr: 0.01}
+    rollout: {prompts: 8, responses: 4, minibatch: 4, max_response_tokens: 24}
+    optimizer: {lr: 1e-3, warmup_updates: 2}
+    critic: {lr_factor: 10.0}
+    iterations: 4
+    checkpoint_every: 2
+evaluation: {samples: 4}
+objectives:
+  - {name: pg, objective: pg}
+  - {name: ppo, objective: ppo, advantage: gae}
+  - {name: grpo, objective: grpo, aggregation: seq-mean-token-sum-norm}
+  - {name: dppo, objective: dppo, divergence: {estimator: binary}}
+  - {name: dppo-kl, objective: dppo, settings: {delta: 0.05}, divergence: {estimator: top_k, kind: kl, k: 4}}
+  - {name: cppo, objective: cppo, settings: {delta: 0.05, adaptive: true}, divergence: {estimator: exact}}
+"""
+DELETE = object()
+Keys = tuple[Any, ...]
+
+
+@functools.cache
+def parsed(text: str) -> dict[str, Any]:
+    """A suite as plain data; PyYAML alone would read 1e-3 as text."""
+    data: dict[str, Any] = yaml.safe_load(re.sub(r"\b(\d)e-", r"\1.0e-", text))
+    return data
+
+
+def example() -> dict[str, Any]:
+    """The suite above as data of one's own."""
+    return copy.deepcopy(parsed(TEXT))
+
+
+def nodes(node: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Every node below with its path; an objective is addressed by its position."""
+    yield keys, node
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        yield from nodes(child, (*keys, key))
+
+
+def leaves() -> list[tuple[Keys, Any]]:
+    return [(keys, node) for keys, node in nodes(example()) if not isinstance(node, dict | list)]
+
+
+def changed(keys: Keys, value: Any, raw: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The example (or `raw`) with the node at `keys` set to `value` (DELETE: removed)."""
+    raw = copy.deepcopy(raw or parsed(TEXT))
+    node: Any = raw
+    for key in keys[:-1]:
+        node = node[key]
+    if value is DELETE:
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = value
+    return raw
+
+
+def dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys)) or "top"
+
+
+def save(folder: Path, content: object) -> Path:
+    """A suite file with this text, these bytes, or this data."""
+    path = folder / "suite.yaml"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The error of loading `path`: one printable line that starts with the path; returns what follows."""
+    with pytest.raises(ValueError) as caught:
+        load_suite(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and message.isprintable()
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def ids(suite: Suite) -> dict[tuple[str, int], str]:
+    """(label, seed) -> run id, of the one setting."""
+    return {(run.label, run.seed): run.id for run in suite.runs()}
+
+
+# What loads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_committed_suites_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is valid, has a run for every setting, objective and seed, and no two runs are the same."""
+    suite = load_suite(path)
+    assert len(suite.runs()) == len(suite.settings) * len(suite.objectives) * len(suite.seeds)
+    assert len({run.id for run in suite.runs()}) == len({run.folder for run in suite.runs()}) == len(suite.runs())
+    assert main(["check-suite", str(path)]) == 0
+    assert f"{len(suite.runs())} runs" in capsys.readouterr().out
+
+
+def test_the_suites_of_the_workflow_are_committed() -> None:
+    assert {"smoke", "mini"} <= {path.stem for path in SUITES}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "1.e-3", "+1e-3", "0.001", "1e-03"])
+def test_a_number_with_an_exponent_is_a_number(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 reads 1e-3 as text; a learning rate written so must not be."""
+    suite = load_suite(save(tmp_path, TEXT.replace("{lr: 1e-3,", f"{{lr: {text},")))
+    assert suite.settings["tiny"].optimizer.lr == 0.001
+    assert ids(suite) == ids(load_suite(save(tmp_path, example())))
+
+
+def test_importing_the_configuration_does_not_import_torch() -> None:
+    """Most commands and the Snakefile start in a moment because of it."""
+    code = "import sys, cppo.config, cppo.__main__; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# Run ids --------------------------------------------------------------------------------------------------------------
+
+
+def backwards(node: Any) -> Any:
+    """The same data with every mapping's keys in reverse order."""
+    if isinstance(node, dict):
+        return {key: backwards(node[key]) for key in reversed(node)}
+    return [backwards(child) for child in node] if isinstance(node, list) else node
+
+
+def test_equal_runs_have_equal_ids(tmp_path: Path) -> None:
+    """Key order, the suite's name and description, its other objectives, and a default written out change nothing."""
+    expected = ids(load_suite(save(tmp_path, example())))
+    other = backwards(example()) | {"description": "Another suite.", "seeds": [1]}
+    other["objectives"] = [entry for entry in example()["objectives"] if entry["name"] == "cppo"]
+    other["objectives"][0]["settings"] |= {"w_min": 0.8, "cap": 20, "adaptive": True}  # cap: an integer for 20.0
+    path = tmp_path / "renamed.yaml"
+    path.write_text(yaml.safe_dump(other, sort_keys=False))
+    assert ids(load_suite(path)) == {("cppo", 1): expected["cppo", 1]}
+
+
+def test_settings_of_one_setting_are_those_settings(tmp_path: Path) -> None:
+    """`by_setting` wins over `settings`, and the run is the one that has the value in `settings`."""
+    direct = changed(("objectives", 5, "settings"), {"delta": 0.07, "w_min": 0.5})
+    override = changed(("objectives", 5, "settings"), {"delta": 0.05, "w_min": 0.5})
+    override["objectives"][5]["by_setting"] = {"tiny": {"delta": 0.07}}
+    one, two = (ids(load_suite(save(tmp_path, raw))) for raw in (direct, override))
+    assert one == two != ids(load_suite(save(tmp_path, example())))
+
+
+def test_span_may_name_the_longest_response(tmp_path: Path) -> None:
+    """The padded horizon is given as a number or by the name of the key that holds it."""
+    one, two = (
+        ids(load_suite(save(tmp_path, changed(("objectives", 5, "settings", "span"), span))))
+        for span in (24, "max_response_tokens")
+    )
+    assert one == two != ids(load_suite(save(tmp_path, TEXT)))
+
+
+def roomy() -> dict[str, Any]:
+    """The example with room for responses to chains twice as long."""
+    return changed(("settings", "tiny", "rollout", "max_response_tokens"), 60)
+
+
+NUMBERS = [
+    keys
+    for keys, value in leaves()
+    if isinstance(value, int | float) and type(value) is not bool and keys[0] != "seeds"
+]
+
+
+@pytest.mark.parametrize("keys", NUMBERS, ids=dotted)
+def test_every_number_is_part_of_the_id(tmp_path: Path, keys: Keys) -> None:
+    """A number of an objective changes the ids of its runs only, any other number those of all runs."""
+    before = ids(load_suite(save(tmp_path, roomy())))
+    value = dict(nodes(roomy()))[keys]
+    after = ids(load_suite(save(tmp_path, changed(keys, value * 2 if isinstance(value, int) else value / 2, roomy()))))
+    labels = {name for name, _ in before}
+    expected = {example()["objectives"][keys[1]]["name"]} if keys[0] == "objectives" else labels
+    assert before.keys() == after.keys()
+    assert {label for label, seed in before if before[label, seed] != after[label, seed]} == expected
+    assert len(set(after.values())) == len(after)
+
+
+def test_base_models_depend_on_their_own_keys_only(tmp_path: Path) -> None:
+    """The warm start is shared by runs that differ in objectives, learning rate or length, but not in the task."""
+    base = find_base(load_suite(save(tmp_path, example())), "tiny")
+    for keys, value, same in [
+        (("settings", "tiny", "optimizer", "lr"), 0.1, True),
+        (("settings", "tiny", "iterations"), 8, True),
+        (("settings", "tiny", "task", "weak"), 0.5, False),
+        (("settings", "tiny", "warm_start", "batch"), 8, False),
+        (("settings", "tiny", "model", "layers"), 2, False),
+    ]:
+        found = find_base(load_suite(save(tmp_path, changed(keys, value))), "tiny")
+        assert (found.id == base.id, found.folder == base.folder) == (same, same), keys
+
+
+def test_unknown_runs_and_settings_are_named(tmp_path: Path) -> None:
+    suite = load_suite(save(tmp_path, TEXT))
+    with pytest.raises(ValueError, match=r"^--run 0123456789: no such run"):
+        find_run(suite, "0123456789")
+    with pytest.raises(ValueError, match=r"^--setting nope: not in the suite; it has tiny$"):
+        find_base(suite, "nope")
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+MAPPINGS = [keys for keys, node in nodes(example()) if isinstance(node, dict)]
+LEAVES = [keys for keys, _ in leaves()]
+
+
+@pytest.mark.parametrize("keys", MAPPINGS, ids=dotted)
+def test_unknown_key_at_every_level(tmp_path: Path, keys: Keys) -> None:
+    message = refusal(save(tmp_path, changed((*keys, "surprise"), 1)))
+    assert "surprise" in message.split(": ")[0]
+    if keys != ("settings",):  # there, "surprise" is the name of a setting that is not one
+        assert "unknown key" in message or "unknown setting" in message
+
+
+@pytest.mark.parametrize("keys", LEAVES, ids=dotted)
+def test_wrong_type_at_every_leaf(tmp_path: Path, keys: Keys) -> None:
+    """A mapping, text for a number or a number for text, and a number of another kind."""
+    value = dict(leaves())[keys]
+    key = [part for part in keys if isinstance(part, str)][-1]
+    for wrong in ({"a": 1}, 3 if isinstance(value, str) else "text", 0.5 if type(value) in (bool, int) else True):
+        assert key in refusal(save(tmp_path, changed(keys, wrong))).split(": ")[0], wrong
+
+
+@pytest.mark.parametrize("keys", [keys for keys in LEAVES if isinstance(dict(leaves())[keys], float)], ids=dotted)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(tmp_path: Path, keys: Keys, value: float) -> None:
+    message = refusal(save(tmp_path, changed(keys, value)))
+    assert keys[-1] in message.split(": ")[0] and "finite" in message
+
+
+TINY, PLAN = ("settings", "tiny"), ("settings", "tiny", "rollout")
+GRPO, DPPO, KL, CPPO = (("objectives", position) for position in (2, 3, 4, 5))
+VALUES: list[tuple[Keys, Any, str]] = [
+    ((*PLAN, "minibatch"), 3, "settings.tiny.rollout: minibatch 3 does not divide prompts 8"),
+    ((*PLAN, "minibatch"), 16, "settings.tiny.rollout: minibatch 16 does not divide"),
+    ((*PLAN, "responses"), 1, "settings.tiny.rollout.responses"),
+    ((*PLAN, "temperature"), 0.0, "settings.tiny.rollout.temperature"),
+    ((*PLAN, "max_response_tokens"), 21, "settings.tiny: rollout.max_response_tokens 21 is too short"),
+    ((*TINY, "checkpoint_every"), 3, "settings.tiny: checkpoint_every 3 does not divide iterations 4"),
+    ((*TINY, "iterations"), 0, "settings.tiny.iterations"),
+    ((*TINY, "model", "kv_heads"), 3, "settings.tiny.model: kv_heads 3 does not divide heads 2"),
+    ((*TINY, "model", "head_dim"), 7, "settings.tiny.model.head_dim"),
+    ((*TINY, "model", "architecture"), "llama", "settings.tiny.model.architecture"),
+    ((*TINY, "model", "architecture"), "qwen3_moe", "settings.tiny.model: experts"),
+    ((*TINY, "model", "experts"), 4, "settings.tiny.model: experts"),
+    ((*TINY, "model", "experts_per_token"), 1, "settings.tiny.model: experts_per_token"),
+    ((*TINY, "task", "steps"), [], "settings.tiny.task.steps"),
+    ((*TINY, "task", "steps"), [21], "settings.tiny.task.steps.0"),
+    ((*TINY, "task", "weak"), 1.5, "settings.tiny.task.weak"),
+    ((*TINY, "task", "benchmarks"), [], "settings.tiny.task.benchmarks"),
+    (
+        (*TINY, "task", "benchmarks", 0, "name"),
+        "chain3",
+        "settings.tiny.task: benchmarks: name 'chain3' is given twice",
+    ),
+    ((*TINY, "task", "benchmarks", 0, "name"), "train", "settings.tiny.task: benchmarks: the name 'train'"),
+    ((*TINY, "task", "benchmarks", 0, "name"), "../x", "settings.tiny.task.benchmarks.0.name"),
+    ((*TINY, "title"), "", "settings.tiny.title"),
+    (("settings", "../x"), example()["settings"]["tiny"], "settings.../x"),
+    (("settings",), {}, "settings"),
+    (("evaluation", "top_p"), 0, "evaluation.top_p"),
+    (("seeds",), [], "seeds"),
+    (("seeds",), [0, 0], "seeds 0 is given twice"),
+    (("seeds",), [0, -1], "seeds.1"),
+    (("seeds",), [0, 2**31], "seeds.1"),
+    (("objectives",), [], "objectives"),
+    (("objectives", 0, "name"), "grpo", "objectives: name 'grpo' is given twice"),
+    (("objectives", 0, "name"), "base", "objectives: the name 'base'"),
+    *(
+        (("objectives", 0, "name"), name, "objectives.0.name")
+        for name in ("../x", "a/b", "A", "", "-a", ".", "a b", "a\n", "é", "a" * 61, "a\0")
+    ),
+    ((*GRPO, "objective"), "grpoo", "objectives.grpo.objective: unknown objective 'grpoo'"),
+    ((*GRPO, "objective"), "no.such:rule", "objectives.grpo.objective: objective 'no.such:rule'"),
+    ((*GRPO, "objective"), "math:sqrt", "objectives.grpo.objective: objective 'math:sqrt'"),
+    *(
+        ((*GRPO, "objective"), text, "objectives.2.objective")
+        for text in ("..up:rule", ":rule", "math:", "../x", "a b", "a\0:b", "")
+    ),
+    ((*GRPO, "settings"), {"clip_hi": 0.2}, "objectives.grpo.settings.clip_hi: unknown setting"),
+    ((*GRPO, "settings"), {"name": 1}, "objectives.grpo.settings.name: unknown setting"),
+    ((*GRPO, "settings"), {"clip_high": "0.2"}, "objectives.grpo.settings.clip_high"),
+    ((*GRPO, "settings"), {"clip_high": True}, "objectives.grpo.settings.clip_high"),
+    ((*GRPO, "settings"), {"clip_high": -0.2}, "objectives.grpo.settings.clip_high: -0.2 must be above 0"),
+    ((*GRPO, "settings"), {"dual_clip": 1.0}, "objectives.grpo.settings.dual_clip"),
+    ((*GRPO, "settings"), {"clip_high": 10**400}, "objectives.grpo.settings.clip_high"),
+    ((*GRPO, "settings"), [], "objectives.2.settings"),
+    ((*CPPO, "settings"), {"delta": None}, "objectives.cppo.settings.delta"),
+    ((*CPPO, "settings"), {"w_min": 1.5}, "objectives.cppo.settings.w_min: 1.5 must be in (0, 1]"),
+    ((*CPPO, "settings"), {"adaptive": 1}, "objectives.cppo.settings.adaptive"),
+    (
+        (*CPPO, "settings"),
+        {"span": 23},
+        "objectives.cppo.settings.span: 23 is shorter than rollout.max_response_tokens",
+    ),
+    ((*CPPO, "settings"), {"span": 24.0}, "objectives.cppo.settings.span"),
+    ((*CPPO, "by_setting"), {"nope": {}}, "objectives.cppo.by_setting.nope: no such setting"),
+    ((*CPPO, "by_setting"), {"../tiny": {}}, "objectives.5.by_setting.../tiny"),
+    ((*CPPO, "by_setting"), {"tiny": {"delt": 1.0}}, "objectives.cppo.by_setting.tiny.delt: unknown setting"),
+    ((*CPPO, "by_setting"), {"tiny": {"delta": "a"}}, "objectives.cppo.by_setting.tiny.delta"),
+    ((*CPPO, "by_setting"), {"tiny": {"delta": -1.0}}, "objectives.cppo.by_setting.tiny.delta"),
+    ((*CPPO, "by_setting"), {"tiny": 1}, "objectives.5.by_setting.tiny"),
+    ((*CPPO, "divergence"), DELETE, "objectives.cppo.divergence: objective cppo needs one"),
+    ((*CPPO, "divergence"), None, "objectives.cppo.divergence: objective cppo needs one"),
+    ((*GRPO, "divergence"), {"estimator": "binary"}, "objectives.grpo.divergence: objective grpo uses none"),
+    ((*KL, "divergence", "k"), 40, "objectives.dppo-kl.divergence.k: 40 must be below the vocabulary's size 40"),
+    ((*KL, "divergence", "k"), 10**30, "objectives.dppo-kl.divergence.k"),
+    ((*KL, "divergence", "k"), 0, "objectives.4.divergence.k"),
+    ((*KL, "divergence", "k"), DELETE, "objectives.4.divergence: k is for estimator top_k, which needs it"),
+    ((*KL, "divergence", "estimator"), "exact", "objectives.4.divergence: k is for estimator top_k"),
+    ((*KL, "divergence", "kind"), "js", "objectives.4.divergence.kind"),
+    ((*DPPO, "divergence", "support"), "union", "objectives.3.divergence: support is for estimator top_k"),
+    ((*GRPO, "advantage"), "none", "objectives.2.advantage"),
+    ((*GRPO, "aggregation"), "mean", "objectives.2.aggregation"),
+    (("objectives", 1), {"preset": "no_such"}, "preset"),
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"), VALUES, ids=[f"{dotted(keys)}-{number}" for number, (keys, _, _) in enumerate(VALUES)]
+)
+def test_impossible_values(tmp_path: Path, keys: Keys, value: Any, says: str) -> None:
+    message = refusal(save(tmp_path, changed(keys, value)))
+    assert message.startswith(says) or (says == "preset" and "preset" in message), message
+
+
+@pytest.mark.parametrize("keys", [k for k in LEAVES if k[0] != "seeds" and not isinstance(k[-1], int)], ids=dotted)
+def test_a_missing_key_is_named_or_has_a_default(tmp_path: Path, keys: Keys) -> None:
+    path = save(tmp_path, changed(keys, DELETE))
+    optional = {"architecture", "lr_factor", "warmup_updates", "advantage", "aggregation", "kind", "delta", "adaptive"}
+    if keys[-1] in optional:
+        load_suite(path)
+    else:
+        expected = "divergence: k is" if keys[-1] == "k" else f"{keys[-1]}: missing key"
+        assert expected in refusal(path)
+
+
+FILES: list[tuple[str, str | bytes, str]] = [
+    ("empty", "", ""),
+    ("null", "null", ""),
+    ("list", "[1, 2]", ""),
+    ("number", "3", ""),
+    ("binary", b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "not UTF-8"),
+    ("utf-16", TEXT.encode("utf-16"), "not UTF-8"),
+    ("control character", "description: \x07", "not valid YAML"),
+    ("two documents", TEXT + "---\n" + TEXT, "not valid YAML"),
+    ("unclosed", TEXT + "x: [1", "not valid YAML"),
+    ("tab", "description:\n\t- x", "not valid YAML"),
+    ("duplicate key", TEXT + "seeds: [2]\n", "'seeds' is given twice"),
+    ("duplicate inner key", TEXT.replace("layers: 1,", "layers: 1, layers: 2,"), "'layers' is given twice"),
+    ("number as key", TEXT.replace("samples: 4", "4: samples"), "key 4"),
+    ("cycle of lists", TEXT.replace("seeds: [0, 1]", "seeds: &a [*a]"), "not plain data"),
+    ("cycle of mappings", TEXT.replace("{samples: 4}", "&a {samples: *a}"), "not plain data"),
+    ("cycle in a key", TEXT.replace("{samples: 4}", "&a {*a : 4}"), "not valid YAML"),
+    ("undefined alias", TEXT.replace("samples: 4", "samples: *nope"), "nope"),
+    ("python object", TEXT.replace("{samples: 4}", "!!python/object/apply:os.getcwd []"), "python/object"),
+    ("not a date", TEXT.replace("samples: 4", "samples: !!timestamp x"), "not valid YAML"),
+    ("not a bool", TEXT.replace("samples: 4", "samples: !!bool x"), "not valid YAML"),
+    ("not an integer", TEXT.replace("samples: 4", "samples: !!int x"), "not valid YAML"),
+    ("no such day", TEXT.replace("samples: 4", "samples: 2026-02-31"), "not valid YAML"),
+    ("a date", TEXT.replace("samples: 4", "samples: 2026-02-01"), "evaluation.samples"),
+    ("too many digits", TEXT.replace("samples: 4", "samples: " + "9" * 5000), "not valid YAML"),
+    ("deep", TEXT.replace("{samples: 4}", "[" * 500 + "]" * 500), "not valid YAML"),
+    ("surrogate", TEXT.replace("title: Tiny", 'title: "\\ud800"'), ""),
+    ("key of many lines", TEXT.replace("samples: 4", '"a\\nb\\u2028c\\e[31m\\rd": 4'), "evaluation."),
+    ("number where 1e400 is infinite", TEXT.replace("{lr: 1e-3,", "{lr: 1e400,"), "settings.tiny.optimizer.lr"),
+    ("text that is false", TEXT.replace("{name: pg,", "{name: no,"), "objectives.0.name"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
+def test_files_that_are_no_suite(tmp_path: Path, text: str | bytes, says: str) -> None:
+    assert text != TEXT  # a replacement above would otherwise have found nothing
+    assert says in refusal(save(tmp_path, text))
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "nope.yaml")
+    assert "directory" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "says"),
+    [
+        ("{", "--baseline '{': not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("3", "objectives.6"),
+        ('{"name": "mine", "objective": "nope"}', "objectives.mine.objective"),
+        ('{"name": "pg", "objective": "pg"}', "objectives: name 'pg' is given twice"),
+    ],
+)
+def test_bad_baselines(tmp_path: Path, baseline: str, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_suite(save(tmp_path, TEXT), (baseline,))
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+def test_a_baseline_is_one_more_objective(tmp_path: Path) -> None:
+    path = save(tmp_path, TEXT)
+    more = load_suite(path, ('{"name": "mine", "objective": "dppo", "divergence": {"estimator": "binary"}}',))
+    assert len(more.runs()) == len(load_suite(path).runs()) + 2
+    assert ids(load_suite(path)).items() < ids(more).items()
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["check-suite", "runs", "data"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        b"\xff\xfe",
+        TEXT + "seeds: [2]\n",
+        changed((*PLAN, "minibatch"), 3),
+        changed((*GRPO, "settings"), {"clip_hi": 0.2}),
+    ],
+    ids=["empty", "binary", "duplicate", "minibatch", "setting"],
+)
+def test_the_command_line_says_it_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: object
+) -> None:
+    """Exit code 2, one line on standard error, nothing on standard output, no file written."""
+    path = save(tmp_path, content)
+    root = ["--root", str(tmp_path / "runs")]
+    arguments = {
+        "check-suite": [str(path)],
+        "runs": ["--suite", str(path), *root],
+        "data": ["--suite", str(path), "--setting", "tiny", *root],
+    }
+    before = path.read_bytes()
+    assert main([command, *arguments[command]]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"cppo: error: {path}: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["suite.yaml"] and path.read_bytes() == before
+
+
+def test_unknown_setting_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path, TEXT)
+    assert main(["data", "--suite", str(path), "--setting", "../x", "--root", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err == "cppo: error: --setting ../x: not in the suite; it has tiny\n"
+    assert not (tmp_path / "runs").exists()
+
+
+# Anything at all ------------------------------------------------------------------------------------------------------
+
+WORDS = ["name", "objective", "settings", "seeds", "tiny", "span", "k", "preset", "by_setting", "", "<<", "é", "x" * 99]
+EXTREMES = [0, -1, 1, 2**63, 10**400, 1e308, 5e-324, -0.0, math.nan, math.inf, "", "../x", "1e-4", "\0", "a\nb", "gae"]
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.sampled_from(EXTREMES)
+)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner), max_leaves=4
+)
+SMOKE = (ROOT / "config" / "smoke.yaml").read_text()
+NODES = {keys: node for keys, node in nodes(parsed(SMOKE)) if keys}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@settings(max_examples=150)
+@given(
+    keys=st.sampled_from(list(NODES)),
+    how=st.sampled_from(["delete", "rename", "replace", "retype"]),
+    value=ANYTHING,
+    word=st.sampled_from(WORDS) | st.text(max_size=4),
+)
+def test_any_mutation_loads_or_is_one_line(folder: Path, keys: Keys, how: str, value: Any, word: str) -> None:
+    """No input makes anything but a suite or a ValueError of one line."""
+    old, smoke = NODES[keys], parsed(SMOKE)
+    if how == "rename" and isinstance(keys[-1], str):
+        raw = changed((*keys[:-1], word), old, changed(keys, DELETE, smoke))
+    elif how == "retype":
+        raw = changed(keys, str(old) if not isinstance(old, str) else [old], smoke)
+    else:
+        raw = changed(keys, DELETE if how == "delete" else value, smoke)
+    path = save(folder, raw)
+    try:
+        suite = load_suite(path)
+    except ValueError as error:
+        message = str(error)
+        assert type(error) is ValueError and message.startswith(f"{path}: ") and len(message.splitlines()) == 1
+        assert message.isprintable()
+    else:
+        assert len({run.id for run in suite.runs()}) == len(suite.runs())
