@@ -5,7 +5,9 @@
 Needs no results folder. For each T, three sets of policy pairs with the paper's settings: DPPO's (D_t <= delta), CPPO's
 (Corollary 7) and what CPPO's mask allows (Proposition 8 with slack delta). Line: the bound. Filled marker: the largest
 residual found by ascent on policies and rewards, every sequence enumerated. Open marker: the largest of random pairs
-under their worst rewards. Also written: theory.csv, the numbers, with Corollary 6, Proposition 8 and Eq. 18.
+under their worst rewards. Dashed: Theorem 1 with free constants, the smallest that an instance meets: near 1, so that
+no smaller constant would do. Also written: theory.csv, the numbers of all statements; its rows without delta are those
+with free constants, and their bound and residual are of the instance with the largest ratio.
 """
 
 import argparse
@@ -27,7 +29,6 @@ HORIZONS = range(2, 8)
 SEEDS = (0, 1)
 LARGEST = 300
 """Vocabularies of 2 and 3 as long as there are no more sequences than this."""
-SETS = ("uniform", "corollary6", "corollary7", "proposition8", "mask", "equation18")
 DRAWN = {
     "uniform": ("every $D_t \\leq \\delta$ (DPPO)", LOOKS["dppo"].color, "o"),
     "corollary7": ("weighted, prefix budget (CPPO, Cor. 7)", LOOKS["cppo"].color, "*"),
@@ -36,36 +37,52 @@ DRAWN = {
 
 
 def measure(horizons: Sequence[int] = HORIZONS, steps: int = 60, samples: int = 300) -> list[dict[str, Any]]:
-    """One row a (T, set): the bound and the largest residuals found, over `SEEDS` and vocabularies."""
+    """One row a (T, statement): given constants over all `SEEDS` and vocabularies, then free ones over one of each."""
     rows = []
     for horizon in horizons:
-        for name, claim in theory.set_claims(horizon, DELTA, DELTA_B, W_MIN).items():
-            drawn, found = [], []
-            for vocabulary in (v for v in (2, 3) if v**horizon <= LARGEST):
-                for seed in SEEDS:
-                    generator = torch.Generator().manual_seed(seed)
-                    drawn.append(theory.best(claim, theory.random_pair(samples, vocabulary, horizon, generator)))
-                    found.append(theory.search(claim, vocabulary, horizon, generator, restarts=8, steps=steps))
-            largest = max((*drawn, *found), key=lambda f: f.ratio)
-            rows.append(
-                {
-                    "T": horizon,
-                    "set": name,
-                    "source": claim.source,
-                    "delta": DELTA,
-                    "delta_b": DELTA_B,
-                    "w_min": W_MIN,
-                    "xi": 1.0,
-                    "bound": largest.residual / largest.ratio,
-                    "random_residual": max(f.residual for f in drawn),
-                    "largest_residual": largest.residual,
-                    "ratio": largest.ratio,
-                    "random_instances": samples * len(drawn),
-                    "searches": len(found),
-                    "seeds": " ".join(map(str, SEEDS)),
-                }
-            )
+        vocabularies = [v for v in (2, 3) if v**horizon <= LARGEST]
+        given = theory.set_claims(horizon, DELTA, DELTA_B, W_MIN)
+        rows += [_row(horizon, name, claim, SEEDS, vocabularies, steps, samples) for name, claim in given.items()]
+        free = theory.sharp_claims(horizon, W_MIN)
+        rows += [_row(horizon, name, claim, SEEDS[:1], [2], steps, samples, True) for name, claim in free.items()]
     return rows
+
+
+def _row(
+    horizon: int,
+    name: str,
+    claim: theory.Claim,
+    seeds: Sequence[int],
+    vocabularies: Sequence[int],
+    steps: int,
+    samples: int,
+    free: bool = False,
+) -> dict[str, Any]:
+    """The largest residuals of one statement, at random and found by ascent."""
+    drawn, found = [], []
+    for vocabulary in vocabularies:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(theory.best(claim, theory.random_pair(samples, vocabulary, horizon, generator)))
+            found.append(theory.search(claim, vocabulary, horizon, generator, restarts=8, steps=steps))
+    random, largest = (max(finds, key=lambda f: f.ratio) for finds in (drawn, [*drawn, *found]))
+    return {
+        "T": horizon,
+        "set": f"{name}_free" if free else name,
+        "source": claim.source,
+        "delta": "" if free else DELTA,
+        "delta_b": "" if free else DELTA_B,
+        "w_min": W_MIN,
+        "xi": 1.0,
+        "bound": largest.residual / largest.ratio,
+        "random_residual": random.residual,
+        "largest_residual": largest.residual,
+        "random_ratio": random.ratio,
+        "ratio": largest.ratio,
+        "random_instances": samples * len(drawn),
+        "searches": len(found),
+        "seeds": " ".join(map(str, seeds)),
+    }
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -79,6 +96,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         left.plot(horizons, [row["largest_residual"] for row in own], marker, color=color, markersize=6)
         left.plot(horizons, [row["random_residual"] for row in own], marker, color=color, markerfacecolor="white")
         right.plot(horizons, [row["ratio"] for row in own], color=color, marker=marker, markersize=5)
+    own = [row for row in rows if row["set"] == "theorem1_free"]
+    right.plot([row["T"] for row in own], [row["ratio"] for row in own], "--", color=LOOKS["cppo"].color)
     left.set_yscale("log")
     left.set_ylabel("$|\\Delta|$, $|R| \\leq 1$")
     left.set_title("Residual and bound")
@@ -92,6 +111,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     handles = [Line2D([], [], color=color, marker=marker, label=label) for label, color, marker in DRAWN.values()]
     handles += [
         Line2D([], [], color="0.35", label="bound"),
+        Line2D([], [], color=LOOKS["cppo"].color, linestyle="--", label="Theorem 1, free $\\delta$, $\\delta_b$"),
         Line2D([], [], color="0.35", linestyle="none", marker="o", markersize=6, label="largest found"),
         Line2D([], [], color="0.35", linestyle="none", marker="o", markerfacecolor="white", label="largest at random"),
     ]

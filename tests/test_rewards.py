@@ -132,7 +132,9 @@ def test_verdicts(judge: Judge, response: str, gold: str, expected: float | None
     assert judge.killed == killed
 
 
-@pytest.mark.parametrize(("digit", "expected"), [("٧", 1.0), ("７", 1.0), ("৭", 1.0), ("²", 0.0), ("Ⅶ", 0.0), ("⑦", 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("digit", "expected"), [("٧", 1.0), ("７", 1.0), ("৭", 1.0), ("²", 0.0), ("Ⅶ", 0.0), ("⑦", 0.0)]
+)
 def test_digits_of_other_scripts(judge: Judge, digit: str, expected: float) -> None:
     """Decimal digits of any script are that digit; characters that merely look like a number are not."""
     assert judge.verdict(boxed(digit), "7") == expected
@@ -196,8 +198,7 @@ def test_text_is_not_run(judge: Judge, tmp_path: Path, code: str) -> None:
 
 def test_a_deadline_is_kept_counted_and_survived() -> None:
     """Could not judge is None, never 0; the worker is killed, and the next verdict is right again."""
-    with Judge(deadline=0.7) as judge:
-        judge.deadline = 30
+    with Judge(deadline=30) as judge:
         assert judge.verdict(EASY, "7") == 1.0  # the worker has started
         judge.deadline, worker, started = 0.7, worker_of(judge), time.monotonic()
         assert judge.verdict(HARD, "7") is None
@@ -249,8 +250,7 @@ def test_works_off_the_main_thread() -> None:
     found: list[float | None] = []
 
     def ask() -> None:
-        with Judge(deadline=0.7) as judge:
-            judge.deadline = 30
+        with Judge(deadline=30) as judge:
             found.append(judge.verdict(EASY, "7"))
             judge.deadline = 0.7
             found.append(judge.verdict(HARD, "7"))

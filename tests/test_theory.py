@@ -271,27 +271,30 @@ def test_every_statement_with_the_smallest_constants_of_a_pair(seed: int) -> Non
 
 @pytest.mark.parametrize("name", ["uniform", "corollary6", "corollary7", "proposition8", "mask", "equation18"])
 def test_projections_change_only_what_they_must(name: str) -> None:
-    """A pair inside stays as it is, bit for bit; a pair outside ends on the border of its set."""
+    """A pair inside stays as it is; a distribution that moves ends on its own limit (mean budgets: its instance does)."""
     claim = th.set_claims(4, 0.1, 0.04, 0.7)[name]
     pair = th.random_pair(200, 2, 4, torch.Generator().manual_seed(1))
     once = claim.project(pair)
-    moved = torch.stack([(a - b).abs().amax((1, 2)) for a, b in zip(pair.pi, once.pi, strict=True)]).amax(0) > 0
-    assert 20 < int(moved.sum()) < 195
     for a, b in zip(once.pi, claim.project(once).pi, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     paths, w = th.enumerate_paths(once), th.linear_weights(4, 0.7)
-    spent, means = (w * paths.divergence).cumsum(-1), (w * paths.mean_divergence).cumsum(-1)
-    allowed, before = 0.04 * w.cumsum(0), 0.04 * (w.cumsum(0) - w)
-    token = paths.divergence.amax((1, 2)) / 0.1
-    weighted = (w * paths.divergence).amax((1, 2)) / 0.1
+    moved = (paths.pi - th.enumerate_paths(pair).pi).abs() > 0  # [N, S, T]
+    token, weighted = paths.divergence / 0.1, w * paths.divergence / 0.1
+    prefix = (w * paths.divergence).cumsum(-1) / (0.04 * w.cumsum(0))
+    prefix[..., -1] = 0  # the budget is for m < T
+    implemented = (w * paths.divergence).cumsum(-1) / (0.1 + 0.04 * (w.cumsum(0) - w))
+    means = (w * paths.mean_divergence).cumsum(-1) / (0.1 + 0.04 * w.cumsum(0))
     border = {
         "uniform": token,
-        "corollary6": torch.maximum(token, (spent / allowed)[..., :-1].amax((1, 2))),
-        "corollary7": torch.maximum(weighted, (spent / allowed)[..., :-1].amax((1, 2))),
-        "proposition8": torch.maximum(weighted, (means / (allowed + 0.1))[:, :-1].amax(-1)),
-        "mask": torch.maximum(weighted, (spent / (0.1 + before)).amax((1, 2))),
-        "equation18": torch.maximum(token, paths.mean_divergence[:, :-1].sum(-1) / 0.12),
+        "corollary6": torch.maximum(token, prefix),
+        "corollary7": torch.maximum(weighted, prefix),
+        "mask": torch.maximum(weighted, implemented),
+        "proposition8": torch.maximum(weighted.amax(1)[:, :-1], means[:, :-1]).amax(-1),
+        "equation18": torch.maximum(token.amax((1, 2)), paths.mean_divergence[:, :-1].sum(-1) / 0.12),
     }[name]
+    if border.dim() == 1:
+        moved = moved[..., :-1].any(-1).any(-1)
+    assert 0.1 < float(moved.double().mean()) < 0.98
     assert (border <= 1 + 1e-12).all()
     assert (border[moved] > 1 - 1e-9).all()
 
@@ -486,11 +489,12 @@ def test_kept_tokens_that_move_toward_one_have_no_limit() -> None:
 def test_the_figures_numbers_and_files(tmp_path: Path) -> None:
     figure = importlib.import_module("theory")
     rows = figure.measure(horizons=(2, 3), steps=3, samples=20)
-    assert [(row["T"], row["set"]) for row in rows] == [(t, s) for t in (2, 3) for s in figure.SETS]
+    statements = [*th.set_claims(2, 0.1, 0.01, 0.8), *(f"{name}_free" for name in th.sharp_claims(2))]
+    assert [(row["T"], row["set"]) for row in rows] == [(t, s) for t in (2, 3) for s in statements]
     for row in rows:
         assert 0 < row["largest_residual"] <= row["bound"] * (1 + ATOL)
         assert row["ratio"] == pytest.approx(row["largest_residual"] / row["bound"])
-        assert row["largest_residual"] >= row["random_residual"]
-    assert rows[: len(figure.SETS)] == figure.measure(horizons=(2,), steps=3, samples=20)
+        assert 0 < row["random_ratio"] <= row["ratio"]
+    assert rows[: len(statements)] == figure.measure(horizons=(2,), steps=3, samples=20)
     figure.draw(rows, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theory.csv", "theory.pdf", "theory.png"]

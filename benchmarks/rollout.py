@@ -1,0 +1,90 @@
+"""Speed of the rollout engine and of one training iteration, side by side with transformers' own `generate`.
+
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py            # prints a table and writes benchmarks/rollout.csv
+
+Both sides sample the same prompts from the same weights at temperature 1, in alternation; the ratio is what counts, the
+tokens per second depend on the machine. The model is the mini suite's, freshly initialised, so responses are long.
+"""
+
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from cppo.config import load_suite
+from cppo.policy import EOS, PAD, create_model, create_tokenizer, save_pretrained
+from cppo.problems import make_problems
+from cppo.rollout import NOTHING, Record
+from cppo.rollout.torch_engine import TorchEngine
+from cppo.seeds import uniforms
+from cppo.train import train
+
+ROUNDS = 5
+OUT = Path(__file__).with_suffix(".csv")
+
+
+def main() -> None:
+    run = load_suite("config/mini.yaml").runs()[-1]
+    plan = run.plan.rollout
+    model = create_model(run.plan.model, run.setting).eval()
+    problems = make_problems(run.plan.task, run.setting)["train"]
+    tokenizer = create_tokenizer()
+    prompts = [tokenizer(p.question).input_ids for p in problems[: plan.prompts] for _ in range(plan.responses)]
+    noise = uniforms(len(prompts), plan.max_response_tokens, "benchmark")
+
+    def ours(record: Record) -> int:
+        return int(TorchEngine(model).generate(prompts, noise, 1.0, record=record).mask.sum())
+
+    sides: dict[str, Callable[[], int]] = {
+        "transformers generate()": lambda: generate(model, prompts, plan.max_response_tokens),
+        "torch engine": lambda: ours(NOTHING),
+        "torch engine, top-4 recorded": lambda: ours(Record(top_k=4)),
+        "torch engine, all recorded": lambda: ours(Record(full=True)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            tokens = side()
+            rates[name].append(tokens / (time.perf_counter() - started))
+    reference = rates["transformers generate()"]
+    rows = [
+        {
+            "what": name,
+            "tokens_per_second": round(statistics.median(values)),
+            "ratio_to_generate": round(statistics.median(v / r for v, r in zip(values, reference, strict=True)), 2),
+        }
+        for name, values in rates.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder) / "base")
+        short = run.model_copy(update={"plan": run.plan.model_copy(update={"iterations": 10})})
+        started = time.perf_counter()
+        train(short, Path(folder) / "base", problems, Path(folder) / "run")
+        rows.append({"what": "seconds an iteration (cppo)", "tokens_per_second": round((time.perf_counter() - started) / 10, 2)})
+    with OUT.open("w", newline="") as out:
+        writer = csv.DictWriter(out, ["what", "tokens_per_second", "ratio_to_generate"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(OUT.read_text())
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> int:
+    """transformers' sampling loop on left-padded prompts, as a user would call it; returns the tokens sampled."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": tokens}
+    out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=PAD, eos_token_id=EOS, **options)[:, width:]
+    ended = (out == EOS).int().cumsum(-1) - (out == EOS).int()  # end tokens before this one
+    return int((ended == 0).sum())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""From samples to batches: anchors, shaping, dynamic sampling."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import ROOT, run_of
+
+from cppo.advantages import from_outcomes, zero_variance
+from cppo.batches import Collector, Sampled
+from cppo.config import RunConfig, load_suite
+from cppo.policy import create_model, create_tokenizer, statistics
+from cppo.problems import make_problems
+from cppo.rewards import Judge
+from cppo.rollout import concatenate
+
+
+def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
+    """smoke's run of one objective entry, with changed keys of the rollout plan."""
+    raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
+    raw["objectives"] = [{"name": "x", **entry}]
+    raw["settings"]["tiny"]["rollout"] |= rollout
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return run_of(load_suite(path), "x")
+
+
+def collector(run: RunConfig) -> Collector:
+    problems = make_problems(run.plan.task, run.setting)["train"]
+    model = create_model(run.plan.model, run.setting)
+    return Collector(run, problems, model, create_tokenizer(), None, Judge())
+
+
+@pytest.fixture(autouse=True)
+def rewards_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model solves nothing: reward every third length instead, so that some groups are flat and some not."""
+    monkeypatch.setattr(Judge, "verdict", lambda self, response, gold: float(len(response) % 3 == 0))
+
+
+TOP_K = {"objective": "dppo", "divergence": {"estimator": "top_k", "k": 3}}
+
+
+def test_recomputed_anchor_is_the_policy_before_the_first_update(tmp_path: Path) -> None:
+    """Log-probabilities and top-K are the current policy's own; the sampled tokens stay."""
+    run = run_with(tmp_path, {**TOP_K, "anchor": "recomputed"})
+    made = collector(run)
+    sampled = made.sample(1)
+    with torch.no_grad():
+        for parameter in made.policy.parameters():
+            parameter.mul_(1.5)  # the engine's weights and the trainer's now differ
+    batch = made.batch(1, sampled)
+    assert torch.equal(batch.rollouts.responses, sampled.rollouts.responses)
+    assert not torch.allclose(batch.rollouts.logp, sampled.rollouts.logp, atol=1e-2)
+    now = statistics(
+        made.policy, sampled.rollouts.prompts, sampled.rollouts.responses, sampled.rollouts.mask, 1.0, full=True
+    )
+    assert now.logp_all is not None and batch.rollouts.topk_ids is not None and batch.rollouts.topk_logp is not None
+    assert torch.equal(batch.rollouts.logp, now.logp)
+    values, ids = now.logp_all.topk(3, -1)
+    mask = sampled.rollouts.mask
+    assert torch.equal(batch.rollouts.topk_ids[mask], ids[mask])
+    assert torch.allclose(batch.rollouts.topk_logp[mask], values[mask])
+
+
+def test_decoupled_anchor_weights_the_advantages(tmp_path: Path) -> None:
+    """A_t min(pi_old / mu, C), token by token; with equal weights of engine and trainer nothing changes."""
+    run = run_with(tmp_path, {"objective": "grpo", "anchor": "decoupled", "tis_cap": 1.2})
+    made = collector(run)
+    sampled = made.sample(1)
+    mask = sampled.rollouts.mask
+    plain = from_outcomes("grpo", sampled.rewards, 4, mask)
+    assert torch.allclose(made.batch(1, sampled).advantages, plain, atol=1e-4)
+    with torch.no_grad():
+        for parameter in made.policy.parameters():
+            parameter.mul_(1.5)
+    batch = made.batch(1, sampled)
+    weight = (batch.rollouts.logp - sampled.rollouts.logp).exp().clamp(max=1.2)
+    assert bool((weight[mask] == 1.2).any()) and bool((weight[mask] < 1).any())
+    assert torch.allclose(batch.advantages, plain * weight)
+
+
+def test_overlong_shaping_lowers_rewards_near_the_limit_only(tmp_path: Path) -> None:
+    """24 tokens at most, buffer 10: 0 up to 14 tokens, then a tenth a token, -1 at 24. Verdicts stay as they are."""
+    run = run_with(tmp_path, {"objective": "grpo"}, overlong_buffer=10)
+    sampled = collector(run).sample(1)
+    lengths = sampled.rollouts.lengths
+    expected = sampled.verdicts - ((lengths - 14).clamp(min=0) / 10)
+    assert torch.allclose(sampled.rewards, expected.float())
+    assert bool((lengths > 14).any()) and bool((lengths < 14).any())
+
+
+def flat(sampled: Sampled) -> int:
+    return int(zero_variance(sampled.rewards, 4)[::4].sum())
+
+
+def test_dynamic_sampling_replaces_flat_groups_while_it_may(tmp_path: Path) -> None:
+    """Every replacement is a later prompt with variance; informative groups stay; the number of prompts is kept."""
+    plain = collector(run_with(tmp_path, {"objective": "grpo"})).gather(1)
+    more = collector(run_with(tmp_path, {"objective": "grpo"}, resample=3)).gather(1)
+    assert flat(plain) > flat(more) >= 0
+    assert len(more.rewards) == len(plain.rewards) == len(more.problems)
+    informative = ~zero_variance(plain.rewards, 4)
+    kept = {p.id for p, keep in zip(plain.problems, informative.tolist(), strict=True) if keep}
+    assert kept <= {p.id for p in more.problems}
+    for row, problem in enumerate(more.problems):
+        assert problem == more.problems[row - row % 4]  # a prompt's rows are neighbours
+
+
+def test_concatenated_rollouts_keep_their_rows(tmp_path: Path) -> None:
+    made = collector(run_with(tmp_path, TOP_K))
+    a, b = made.sample(1).rollouts.rows(torch.arange(4)), made.sample(2).rollouts
+    joined = concatenate([a, b])
+    back = joined.rows(torch.arange(4, 4 + len(b.mask)))
+    for name in ("responses", "mask", "logp", "topk_ids", "topk_logp", "truncated"):
+        assert torch.equal(getattr(back, name), getattr(b, name)), name
+    assert torch.equal(joined.mask[:4].sum(-1), a.lengths) and back.prompts == b.prompts
+
+
+def test_an_unknown_estimator_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown estimator 'x'"):
+        from_outcomes("x", torch.zeros(4), 4, torch.ones(4, 2, dtype=torch.bool))
