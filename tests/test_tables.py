@@ -53,7 +53,7 @@ def write_run(config: RunConfig | BaseConfig, folder: Path) -> None:
     key = {"run": config.id, "label": "base", "setting": config.setting, "seed": 0}
     if isinstance(config, RunConfig):
         key |= {"label": config.label, "seed": config.seed}
-    # Problem ids are hex digits; those of the second benchmark happen to be digits only.
+    # Problem ids are hex digits; these happen to be decimal ones, which must stay text all the same.
     score = {"correct": 1, "samples": config.evaluation.samples, "unjudged": 1, "mean_length": 9.5, "truncated": 0}
     scores = [
         {**key, "step": step, "benchmark": benchmark.name, "problem": f"{number}{position:011}", **score}

@@ -130,8 +130,8 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:  # the load-balancing loss of a mixture of experts, as in TRL
             parts = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * auxiliary / parts
-            metrics["aux_loss"] = (float(auxiliary), 1.0)
-        metrics["entropy"] = (float(torch.where(mask, entropy, 0).sum()), float(mask.sum()))
+            metrics["aux_loss"] = (float(auxiliary.detach()), 1.0)
+        metrics["entropy"] = (float(torch.where(mask, entropy.detach(), 0).sum()), float(mask.sum()))
         for name, value in metrics.items():
             self._totals[mode][name] = self._totals[mode][name] + torch.tensor(value, dtype=torch.float64)
         return loss
