@@ -9,15 +9,13 @@
     python -m cppo publish   mini                                        check them and copy to results/mini/
     python -m cppo check-suite config/mini.yaml                          is it valid?
     python -m cppo objectives                                            every objective with its settings
+    python -m cppo check     my_module:my_objective                      does it keep the laws of every objective?
     python -m cppo settings                                              every key of a suite
 
 A user's mistake is one line on standard error and exit code 2.
 """
 
 import argparse
-import dataclasses
-import inspect
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -110,30 +108,33 @@ def check_suite(args: argparse.Namespace) -> None:
 
 def objectives(args: argparse.Namespace) -> None:
     """Print every registered objective: what it is, its settings with defaults and meaning."""
-    from cppo.objectives import names, spec
+    from cppo.docs import listing, markdown
 
-    for name in names():
-        found = spec(name)
-        print(f"{name}{'  (needs a divergence)' if found.divergence else ''}")
-        print("    " + inspect.getdoc(found.function).replace("\n", "\n    "))  # type: ignore[union-attr]
-        described = field_docs(found.settings)
-        for field in dataclasses.fields(found.settings):
-            print(f"      {field.name} = {json.dumps(field.default)}  {described[field.name]}")
-        print()
+    print(markdown() if args.markdown else listing(), end="")
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the sentence below it in the source, parents included."""
-    import ast
-    import textwrap
+def check(args: argparse.Namespace) -> int:
+    """Try an objective on the laws that all must keep; exit code 1 if it breaks one."""
+    from cppo.laws import check as try_laws
+    from cppo.objectives import objective
 
-    found: dict[str, str] = {}
-    for kind in reversed([k for k in cls.__mro__ if dataclasses.is_dataclass(k)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-        for item, below in itertools.pairwise(body):
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(below, ast.Expr):
-                found[item.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return found
+    found = try_laws(objective(args.objective, **dict(map(_key_value, args.set or ()))))
+    for law, broken in found.items():
+        print(f"kept    {law}" if broken is None else f"BROKEN  {law}: {broken}")
+    count = sum(broken is not None for broken in found.values())
+    print(f"{args.objective}: {count} of {len(found)} laws broken" if count else f"{args.objective} keeps every law")
+    return int(count > 0)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """`delta=0.1` -> ("delta", 0.1): the value is JSON, or else a string."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--set {text}: expected key=value, such as delta=0.1 or cap=null")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def settings(args: argparse.Namespace) -> None:
@@ -171,20 +172,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--root", default="runs", help="where runs are kept")
     command.add_argument("--results", default="results", help="where published tables are kept")
     add(check_suite).add_argument("suite", help="the suite's YAML file")
-    for function in (objectives, settings):
-        add(function)
+    command = add(objectives)
+    command.add_argument("--markdown", action="store_true", help="as docs/objectives.md, with divergences and laws")
+    command = add(check)
+    command.add_argument("objective", help="a registered name, or my_module:my_objective")
+    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the objective")
+    add(settings)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 = done, 2 = a user's mistake."""
+    """Run a command; 0 = done, 1 = a check failed, 2 = a user's mistake."""
     args = parser().parse_args(argv)
     try:
-        args.function(args)
+        code: int | None = args.function(args)
     except ValueError as error:
         print(f"cppo: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

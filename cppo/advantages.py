@@ -35,7 +35,7 @@ def rloo(rewards: Tensor, group: int) -> Tensor:
     With unjudged rewards, G is the number of judged ones.
     """
     count = (~rewards.view(-1, group).isnan()).sum(-1, keepdim=True)
-    factor = count / (count - 1).clamp(min=1)
+    factor = count.to(rewards.dtype) / (count - 1).clamp(min=1)
     return (factor * group_relative(rewards, group, std=False).view(-1, group)).view(-1)
 
 
@@ -45,7 +45,7 @@ def gpg(rewards: Tensor, group: int) -> Tensor:
     Source: GPG (arXiv:2504.02546) as in verl, which assumes rewards of 1 and 0 and counts over the whole batch.
     """
     judged = ~rewards.isnan()
-    factor = judged.sum() / ((rewards != 0) & judged).sum().clamp(min=1)
+    factor = judged.sum().to(rewards.dtype) / ((rewards != 0) & judged).sum().clamp(min=1)
     return factor * group_relative(rewards, group, std=False)
 
 

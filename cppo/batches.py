@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cppo import advantages
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel
+from cppo.diagnostics import Stopwatch
 from cppo.loss import Metrics
 from cppo.policy import statistics
 from cppo.problems import Problem
@@ -82,6 +83,7 @@ class Collector:
     tokenizer: PreTrainedTokenizerFast
     critic: ValueModel | None
     judge: Judge
+    clock: Stopwatch
 
     def sample(self, iteration: int, attempt: int = 0) -> Sampled:
         """P prompts, each G times, with their responses and verdicts."""
@@ -91,11 +93,12 @@ class Collector:
         asked = tuple(self.problems[i] for i in order for _ in range(plan.responses))
         prompts = [self.tokenizer(p.question).input_ids for p in asked]
         noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, draw)
-        rollouts = TorchEngine(self.policy).generate(
-            prompts, noise, plan.temperature, record=recorded(run.objective.divergence)
-        )
-        texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-        found = [self.judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
+        record = recorded(run.objective.divergence)
+        with self.clock.timed("rollout"):
+            rollouts = TorchEngine(self.policy).generate(prompts, noise, plan.temperature, record=record)
+        with self.clock.timed("reward"):
+            texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
+            found = [self.judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
         verdicts = torch.tensor([math.nan if v is None else v for v in found])
         rewards = verdicts
         if plan.overlong_buffer:

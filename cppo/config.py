@@ -303,8 +303,8 @@ class RunConfig(Config):
 
     @property
     def id(self) -> str:
-        """The run's id: hash of this configuration."""
-        return content_hash(self)
+        """The run's id: hash of this configuration without the setting's title, which changes no number."""
+        return content_hash(self.model_dump(mode="json", exclude={"plan": {"title"}}))
 
     @property
     def folder(self) -> str:

@@ -3,6 +3,10 @@
 Legend: B rows, T tokens. mu = rollout policy, pi = current policy. All without gradient.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -42,6 +46,30 @@ def add(total: Metrics, part: Metrics) -> None:
     for name, (value, count) in part.items():
         old_value, old_count = total.get(name, (0.0, 0.0))
         total[name] = (old_value + value, old_count + count)
+
+
+class Stopwatch:
+    """Wall seconds by phase, added up until `restart`."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new account."""
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to a phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def account(self, tokens: int) -> dict[str, float]:
+        """Seconds of each phase and in total, and tokens a second of the two phases that handle every token."""
+        rates = {f"{p}_tokens_per_second": tokens / self.seconds[p] for p in ("rollout", "update")}
+        return {"tokens": tokens, **self.seconds, "total": time.perf_counter() - self.started, **rates}
 
 
 def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float]]:

@@ -115,12 +115,12 @@ def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
             write_scores(part, _score(config, checkpoint, step, tasks))
     parts = sorted((folder / "scores").glob("step-*.csv"), key=_step)
     scores = [score for part in parts for score in read_scores(part)]
-    if not scores:
+    if not scores and not (folder / "DONE").is_file():  # a run may collapse before its first checkpoint
         raise ValueError(f"{folder}: no checkpoint to score; train it first")
     write_scores(folder / "scores.csv", scores)
     means = checkpoint_means(scores)
     for checkpoint in _checkpoints(folder):
-        if _step(checkpoint) not in (max(means), max(means, key=means.__getitem__)):
+        if means and _step(checkpoint) not in (max(means), max(means, key=means.__getitem__)):
             shutil.rmtree(checkpoint)
 
 

@@ -173,14 +173,15 @@ def read_problems(path: str | Path) -> tuple[Problem, ...]:
     path, found = Path(path), []
     types = {f.name: f.type for f in fields(Problem)}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"{path}: cannot be read as UTF-8 text; `python -m cppo data` makes it") from None
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(): JSON may hold other line separators inside a string.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ValueError(f"{where}: not a JSON object; make the file again with `python -m cppo data`") from None
         if not isinstance(row, dict) or set(row) != set(types):
             raise ValueError(f"{where}: a problem has exactly the fields {', '.join(types)}")

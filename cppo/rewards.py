@@ -12,7 +12,6 @@ import selectors
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import TracebackType
 
 DEADLINE_SECONDS = 1.0
@@ -21,6 +20,8 @@ START_SECONDS = 60.0
 """Longest wall time for a worker to start (it imports sympy)."""
 MEMORY_BYTES = 2**30
 """Address space of a worker."""
+CACHED = 100_000
+"""Verdicts that are remembered."""
 MAX_CHARACTERS = 20_000
 """A longer answer is not judged (None): a genuine boxed answer is short."""
 
@@ -64,7 +65,7 @@ class Judge:
     _worker: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._cached = lru_cache(maxsize=100_000)(self._ask)
+        self._known: dict[tuple[str, str], float] = {}
 
     def __enter__(self) -> "Judge":
         return self
@@ -79,7 +80,15 @@ class Judge:
             return fast
         if len(response) > MAX_CHARACTERS:
             return None
-        return self._cached(response, gold)
+        key = (response, gold)
+        if key not in self._known:
+            found = self._ask(response, gold)
+            if found is None:
+                return None  # not remembered: a busy machine may have caused it
+            if len(self._known) >= CACHED:
+                self._known.clear()
+            self._known[key] = found
+        return self._known[key]
 
     def _ask(self, response: str, gold: str) -> float | None:
         worker = self._running()

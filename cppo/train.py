@@ -14,9 +14,6 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from cppo.batches import Batch, Collector
 from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, save_state
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel, value_loss
-from cppo.diagnostics import add, by_position, probability_shift, token_metrics
+from cppo.diagnostics import Stopwatch, add, by_position, probability_shift, token_metrics
 from cppo.loss import Metrics, batch_denominator, policy_loss
 from cppo.objectives import Objective, Reason, Tokens, objective
 from cppo.objectives.divergence import CPPO, prefix_sums
@@ -76,24 +73,24 @@ class Trainer:
             if self.critic
             else None
         )
-        self.collector = Collector(self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge)
-        self.seconds: dict[str, float] = {}
+        self.clock = Stopwatch()
+        self.collector = Collector(
+            self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge, self.clock
+        )
 
     # One iteration ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """One rollout and its updates; appends to the streams."""
-        started = time.perf_counter()
+        self.clock.restart()
         self.iteration += 1
-        self.seconds = {}
-        with self.timed("rollout"):
-            sampled = self.collector.gather(self.iteration)
-        with self.timed("advantage"):
+        sampled = self.collector.gather(self.iteration)
+        with self.clock.timed("advantage"):
             batch = self.collector.batch(self.iteration, sampled)
         plan = self.run.plan.rollout
         metrics: Metrics = batch.metrics(plan.responses)
         shifts: list[tuple[Tensor, Tensor]] = []
-        with self.timed("update"):
+        with self.clock.timed("update"):
             rows = plan.minibatch * plan.responses
             for first in range(0, len(batch.rewards), rows):
                 last = first + rows == len(batch.rewards)
@@ -101,10 +98,8 @@ class Trainer:
         means = {name: total / count if count else None for name, (total, count) in sorted(metrics.items())}
         self.append("metrics", [{"iteration": self.iteration, **means}])
         self.append("positions", self.positions(shifts))
-        self.seconds["total"] = time.perf_counter() - started
-        tokens = int(batch.rollouts.mask.sum())
-        rates = {f"{p}_tokens_per_second": tokens / self.seconds[p] for p in ("rollout", "update")}
-        self.append("timings", [{"iteration": self.iteration, "tokens": tokens, **self.seconds, **rates}])
+        account = self.clock.account(int(batch.rollouts.mask.sum()))
+        self.append("timings", [{"iteration": self.iteration, **account}])
 
     def update(
         self, batch: Batch, rows: Tensor, metrics: Metrics, shifts: list[tuple[Tensor, Tensor]], last: bool
@@ -213,13 +208,6 @@ class Trainer:
         """Add JSON lines to a stream."""
         with (self.folder / f"{stream}.jsonl").open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, allow_nan=True) + "\n" for row in rows)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Wall seconds of a phase."""
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - started
 
     # Saving and resuming ---------------------------------------------------------------------------------------------
 

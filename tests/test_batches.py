@@ -11,6 +11,7 @@ from tiny import ROOT, run_of
 from cppo.advantages import from_outcomes, zero_variance
 from cppo.batches import Collector, Sampled
 from cppo.config import RunConfig, load_suite
+from cppo.diagnostics import Stopwatch
 from cppo.policy import create_model, create_tokenizer, statistics
 from cppo.problems import make_problems
 from cppo.rewards import Judge
@@ -30,7 +31,7 @@ def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
 def collector(run: RunConfig) -> Collector:
     problems = make_problems(run.plan.task, run.setting)["train"]
     model = create_model(run.plan.model, run.setting)
-    return Collector(run, problems, model, create_tokenizer(), None, Judge())
+    return Collector(run, problems, model, create_tokenizer(), None, Judge(), Stopwatch())
 
 
 @pytest.fixture(autouse=True)

@@ -82,6 +82,9 @@ def test_plain_integers_start_no_worker() -> None:
     with Judge() as judge:
         assert judge.verdict(boxed("7"), "7") == 1.0 and judge.verdict("7", "7") == 0.0
         assert judge._worker is None
+    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None  # a missing verdict is asked for again
+    judge.close()
+    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
 
 
 # With mathematics -----------------------------------------------------------------------------------------------------
@@ -262,12 +265,15 @@ def test_works_off_the_main_thread() -> None:
 
 
 def test_the_cache_repeats_the_verdict_without_a_worker(judge: Judge) -> None:
-    questions = [(boxed("35/5"), "7"), (boxed("36/5"), "7"), (boxed("35/5"), ""), (boxed("7/1"), "8")]
+    questions = [(boxed("35/5"), "7"), (boxed("36/5"), "7"), (boxed("7/1"), "8")]
     first = [judge.verdict(*question) for question in questions]
-    assert first == [1.0, 0.0, None, 0.0]
+    assert first == [1.0, 0.0, 0.0]
     judge.close()
     assert [judge.verdict(*question) for question in questions] == first
     assert judge._worker is None
+    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None  # a missing verdict is asked for again
+    judge.close()
+    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
 
 
 def test_closing_ends_the_worker() -> None:

@@ -397,11 +397,12 @@ def test_horizon_defaults_to_the_longest_completion(run: Recorder, tmp_path: Pat
     assert run.horizon is None
 
 
-def test_no_trained_token_is_no_loss(run: Recorder) -> None:
-    """A step whose rows are all masked (truncated completions left out) has loss 0, not NaN."""
-    batch = {
-        **run.steps[3].batch,
-        "tool_mask": torch.zeros_like(run.steps[3].batch["completion_mask"]),
-        "denominator": None,
-    }
-    assert run._compute_loss(run.model, batch).item() == 0
+def test_a_step_without_trained_tokens_has_loss_0(tmp_path: Path) -> None:
+    """All completions are truncated, and truncated ones are left out of the loss: 0, not NaN or an error."""
+    trainer = recorder(
+        tmp_path, changes={"mask_truncated_completions": True, "max_completion_length": 1}, objective="grpo"
+    )
+    trainer.train()
+    assert not any(trained(step.batch).any() for step in trainer.steps)
+    assert [step.loss for step in trainer.steps] == [0.0] * 4
+    assert trainer.state.log_history[0]["mask_share"] is None

@@ -125,11 +125,13 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         loss, metrics = self.rule(
             logp, inputs["rollout_logp"], advantages, mask, self.aggregation, self.horizon, inputs["denominator"]
         )
-        loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks
+        ranks: int = self.accelerator.num_processes
+        loss = loss * ranks  # gradients are averaged over the ranks
         mode = "train" if self.model.training else "eval"
         if self.aux_loss_enabled:  # the load-balancing loss of a mixture of experts, as in TRL
             parts = self.current_gradient_accumulation_steps if mode == "train" else 1
-            loss = loss + self.router_aux_loss_coef * auxiliary / parts
+            balance: Tensor = self.router_aux_loss_coef * auxiliary / parts
+            loss = loss + balance
             metrics["aux_loss"] = (float(auxiliary.detach()), 1.0)
         metrics["entropy"] = (float(torch.where(mask, entropy.detach(), 0).sum()), float(mask.sum()))
         for name, value in metrics.items():

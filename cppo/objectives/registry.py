@@ -16,6 +16,7 @@ objective("my_module:mine", limit=0.2)(tokens)        # by import path
 import dataclasses
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def spec(name: str) -> Spec:
     Raises ValueError when there is none.
     """
     if ":" in name:
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+            raise ValueError(f"objective {name!r}: an import path reads 'package.module:function'")
         module_name, _, name_there = name.partition(":")
         try:
             module = importlib.import_module(module_name)
@@ -99,7 +102,7 @@ def spec(name: str) -> Spec:
     return _REGISTRY[name]
 
 
-def settings_of(name: str, **values: object) -> Any:
+def settings_of(name: str, /, **values: object) -> Any:
     """The settings dataclass of objective `name` with `values` over its defaults.
 
     Raises ValueError naming the setting that is unknown, of the wrong type or out of range.
@@ -111,7 +114,7 @@ def settings_of(name: str, **values: object) -> Any:
         if key not in known:
             raise ValueError(f"{key}: unknown setting of objective {name}; known: {', '.join(known) or 'none'}")
         try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
+            values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:
             raise ValueError(f"{key}: {value!r} of objective {name}: {error.errors()[0]['msg']}") from None
     return cls(**values)
@@ -145,7 +148,7 @@ class Objective:
         )
 
 
-def objective(name: str, **settings: object) -> Objective:
+def objective(name: str, /, **settings: object) -> Objective:
     """The objective `name` (registered, or "module:function") with `settings` over its defaults.
 
     Raises ValueError for an unknown name or setting.

@@ -1,0 +1,127 @@
+"""docs/objectives.md, written from docstrings: objectives, divergences, advantages, presets and laws on one page.
+
+`python -m cppo objectives --markdown > docs/objectives.md` renews it; a test fails while it is stale.
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import typing
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from cppo import advantages, divergences, laws, presets
+from cppo.objectives import names, spec
+from cppo.objectives.registry import Spec
+
+HEADER = """# Objectives
+
+Generated from the docstrings by `python -m cppo objectives --markdown > docs/objectives.md`; do not edit.
+Notation as in CONTRIBUTING.md. Every objective maximises the sum of gate x surrogate, divided as the aggregation says.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the sentence below it in the source, parents included; "" where there is none."""
+    found = {field.name: "" for field in dataclasses.fields(cls)}
+    for kind in reversed([k for k in cls.__mro__ if dataclasses.is_dataclass(k)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for item, below in itertools.pairwise(body):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(below, ast.Expr):
+                found[item.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def listing() -> str:
+    """Every registered objective for the terminal: what it is, its settings with defaults and meaning."""
+    lines = []
+    for found in map(spec, names()):
+        lines.append(f"{found.name}{'  (needs a divergence)' if found.divergence else ''}")
+        lines.append(textwrap.indent(inspect.getdoc(found.function) or "", "    "))
+        described = field_docs(found.settings)
+        for field in dataclasses.fields(found.settings):
+            lines.append(f"      {field.name} = {json.dumps(field.default)}  {described[field.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The page."""
+    parts = [HEADER, *map(_objective, map(spec, names()))]
+    for title, module in (("Divergences", divergences), ("Advantages", advantages)):
+        parts += [f"# {title}\n", _paragraphs(inspect.getdoc(module)), _functions(module)]
+    parts += ["# Presets\n", _paragraphs(inspect.getdoc(presets)), _presets()]
+    parts += [
+        "# Laws\n",
+        "What `python -m cppo check my_module:my_objective` tries, and every objective above keeps.\n",
+    ]
+    parts.append("".join(f"- **{name}**: {_first_paragraph(law)}\n" for name, law in laws.LAWS.items()))
+    return "\n".join(parts)
+
+
+def _objective(found: Spec) -> str:
+    text = [f"## {found.name}\n", _paragraphs(inspect.getdoc(found.function))]
+    if found.divergence:
+        text.append("Needs a divergence.\n")
+    fields, hints, described = dataclasses.fields(found.settings), _hints(found.settings), field_docs(found.settings)
+    if not fields:
+        return "\n".join([*text, "No settings.\n"])
+    table = [(f"`{f.name}`", hints[f.name], f"`{json.dumps(f.default)}`", described[f.name]) for f in fields]
+    return "\n".join([*text, _table(("setting", "type", "default", "meaning"), table)])
+
+
+def _hints(cls: type) -> dict[str, str]:
+    """Field name -> its type as YAML has it: `float`, or `float or null`."""
+
+    def name(part: Any) -> str:
+        return "null" if part is type(None) else getattr(part, "__name__", str(part))
+
+    return {
+        field: " or ".join(name(part) for part in typing.get_args(hint) or (hint,))
+        for field, hint in typing.get_type_hints(cls).items()
+    }
+
+
+def _functions(module: ModuleType) -> str:
+    """The module's own public functions with the first paragraph of each."""
+    found = [f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    public = [f for f in found if not f.__name__.startswith("_")]
+    return "".join(f"- `{f.__name__}`: {_first_paragraph(f)}\n" for f in public)
+
+
+def _presets() -> str:
+    """A row a preset: its keys, and the comment above it in the source."""
+    notes = dict(re.findall(r'^    # (.+)\n    "(\w+)": ', inspect.getsource(presets), re.MULTILINE))
+    notes = {name: sentence for sentence, name in notes.items()}
+    table = []
+    for name, entry in presets.PRESETS.items():
+        rest = ", ".join(f"{key}: {_flow(value)}" for key, value in entry.items() if key != "objective")
+        table.append((f"`{name}`", entry["objective"], rest, notes.get(name, "")))
+    return _table(("preset", "objective", "keys", "meaning"), table)
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(head: tuple[str, ...], table: Sequence[tuple[str, ...]]) -> str:
+    rows = [head, ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in table)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _first_paragraph(documented: Any) -> str:
+    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+
+
+def _paragraphs(text: str | None) -> str:
+    """A docstring in markdown: blank lines kept, and a new paragraph for what begins with "Source" or "Difference"."""
+    text = re.sub(r"\n(?=Sources?:|Differences? from|Legend:)", "\n\n", text or "")
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n") if part.strip()) + "\n"
