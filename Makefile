@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake --cores all --rerun-incomplete
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce install test check smoke figures report bench lock clean
+.PHONY: help reproduce install test check mutation smoke figures report bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ check: $(INSTALLED)  ## linters, types, formats of code and workflow
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+mutation: $(INSTALLED)  ## apply deliberate bugs one at a time; the tests must catch every one
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py
 
 smoke: $(INSTALLED)  ## the whole graph at the smallest size
 	$(SNAKEMAKE) --config suite=smoke

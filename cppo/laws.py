@@ -130,11 +130,11 @@ def require_equal_terms(found: Terms, expected: Terms, when: str, *fields: str) 
         require(same, f"{when}: another {name}")
 
 
-class SeenDtypes(TorchDispatchMode):
+class SeenDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, collects the dtypes of all results."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

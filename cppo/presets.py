@@ -27,33 +27,47 @@ PRESETS: dict[str, dict[str, Any]] = {
         "divergence": {"estimator": "binary", "kind": "tv"},
         **_MATCHED,
     },
+    # The paper's GRPO row: Clip-Higher (0.2, 0.28), no dual clip.
     "grpo_paper": {"objective": "grpo", **_MATCHED},
+    # DPPO with the paper's Top-20 TV; give delta by setting (Table 3).
     "dppo_paper": {"objective": "dppo", "divergence": _TOP20, **_MATCHED},
-    # TRM's thresholds for a single criterion, on the KL that the rollout can give.
+    # TRM-Max at its paper's threshold for a single criterion, on the KL that a rollout can give.
     "trm_max_paper": {"objective": "trm", "divergence": {**_TOP20, "kind": "kl"}, **_MATCHED},
+    # TRM-Avg at its paper's threshold for a single criterion, on the KL that a rollout can give.
     "trm_avg_paper": {
         "objective": "trm",
         "settings": {"delta_max": None, "delta_mean": 0.001},
         "divergence": {**_TOP20, "kind": "kl"},
         **_MATCHED,
     },
+    # CISPO with the absolute cap of 5; CPPO's paper gives no number.
     "cispo_paper": {"objective": "cispo", **_MATCHED},
+    # MinPRO without a floor, so that the prefix can suppress; its paper's range could not be verified.
     "minpro_paper": {"objective": "minpro", **_MATCHED},
-    # The published forms of relatives, each with its own advantages and aggregation.
+    # DAPO's loss and advantages; overlong_buffer and resample are keys of the rollout plan.
     "dapo": {"objective": "grpo", "advantage": "grpo", "aggregation": "token-mean", "anchor": "recomputed"},
+    # Dr.GRPO: neither the group's deviation nor the response's length divides.
     "dr_grpo": {
         "objective": "ppo",
         "advantage": "dr_grpo",
         "aggregation": "seq-mean-token-sum-norm",
         "anchor": "recomputed",
     },
+    # REINFORCE++: PPO's clip on returns whitened over the batch, without its KL penalty.
     "reinforce_pp": {"objective": "ppo", "advantage": "reinforce_pp", "anchor": "recomputed"},
+    # RLOO advantages with PPO's clip.
     "rloo": {"objective": "ppo", "advantage": "rloo", "anchor": "recomputed"},
+    # GPG: no importance ratio at all.
     "gpg": {"objective": "gpg", "advantage": "gpg"},
+    # GSPO as published: std-normalised advantages, anchored on the recomputed policy.
     "gspo": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    # GMPO as published.
     "gmpo": {"objective": "gmpo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    # SAPO as published.
     "sapo": {"objective": "sapo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
+    # DRPO as released, with the nearly inert delta 12.5; set delta 0.15 for DPPO's geometry.
     "drpo": {"objective": "drpo", **_MATCHED},
+    # SPO: DRPO without mu in the penalty.
     "spo": {"objective": "drpo", "settings": {"weight_by_mu": False}, **_MATCHED},
 }
 

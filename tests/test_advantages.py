@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cppo.advantages import (
     at_last_token,
+    from_outcomes,
     gae,
     gpg,
     group_relative,
@@ -247,6 +248,20 @@ def test_inputs_are_not_modified() -> None:
     reinforce_pp(rewards, mask)
     for now, then in zip((rewards, values, mask), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+def test_estimators_by_name() -> None:
+    """What a suite's `advantage` names, on every trained token of the row."""
+    rewards, mask = double([1, 0, 0.5, 1]), fixture_mask()
+    for name, per_row in {
+        "grpo": group_relative(rewards, 2, std=True),
+        "dr_grpo": group_relative(rewards, 2, std=False),
+        "rloo": rloo(rewards, 2),
+        "gpg": gpg(rewards, 2),
+    }.items():
+        same(from_outcomes(name, rewards, 2, mask), torch.where(mask, per_row.unsqueeze(-1), 0).tolist())
+    same(from_outcomes("reinforce_pp", rewards, 2, mask), reinforce_pp(rewards, mask).tolist())
+    same(from_outcomes("reinforce_pp_baseline", rewards, 2, mask), reinforce_pp_baseline(rewards, 2, mask).tolist())
 
 
 # Stored vectors -------------------------------------------------------------------------------------------------------
