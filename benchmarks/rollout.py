@@ -53,10 +53,11 @@ def main() -> None:
             tokens = side()
             rates[name].append(tokens / (time.perf_counter() - started))
     reference = rates["transformers generate()"]
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "what": name,
-            "tokens_per_second": round(statistics.median(values)),
+            "value": round(statistics.median(values)),
+            "unit": "tokens/s",
             "ratio_to_generate": round(statistics.median(v / r for v, r in zip(values, reference, strict=True)), 2),
         }
         for name, values in rates.items()
@@ -66,9 +67,10 @@ def main() -> None:
         short = run.model_copy(update={"plan": run.plan.model_copy(update={"iterations": 10})})
         started = time.perf_counter()
         train(short, Path(folder) / "base", problems, Path(folder) / "run")
-        rows.append({"what": "seconds an iteration (cppo)", "tokens_per_second": round((time.perf_counter() - started) / 10, 2)})
+        seconds = round((time.perf_counter() - started) / 10, 2)
+        rows.append({"what": "one training iteration (cppo)", "value": seconds, "unit": "s", "ratio_to_generate": ""})
     with OUT.open("w", newline="") as out:
-        writer = csv.DictWriter(out, ["what", "tokens_per_second", "ratio_to_generate"], lineterminator="\n")
+        writer = csv.DictWriter(out, ["what", "value", "unit", "ratio_to_generate"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(OUT.read_text())

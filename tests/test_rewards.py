@@ -82,7 +82,9 @@ def test_plain_integers_start_no_worker() -> None:
     with Judge() as judge:
         assert judge.verdict(boxed("7"), "7") == 1.0 and judge.verdict("7", "7") == 0.0
         assert judge._worker is None
-    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None  # a missing verdict is asked for again
+    assert (
+        judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
+    )  # a missing verdict is asked for again
     judge.close()
     assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
 
@@ -271,7 +273,9 @@ def test_the_cache_repeats_the_verdict_without_a_worker(judge: Judge) -> None:
     judge.close()
     assert [judge.verdict(*question) for question in questions] == first
     assert judge._worker is None
-    assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None  # a missing verdict is asked for again
+    assert (
+        judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
+    )  # a missing verdict is asked for again
     judge.close()
     assert judge.verdict(boxed("35/5"), "") is None and judge._worker is not None
 
