@@ -332,7 +332,8 @@ def test_on_policy_mixture_of_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-def test_recorded_log_probabilities_are_the_anchor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("updates", [1, 2])
+def test_recorded_log_probabilities_are_the_anchor(tmp_path: Path, updates: int) -> None:
     """An engine's own log-probabilities are mu; where it has none (NaN), those of the weights that sampled. Also in eval."""
     completions = [[5, 6, 7, 1], [8, 1], [9, 10, 1], [11]]
 
@@ -345,10 +346,15 @@ def test_recorded_log_probabilities_are_the_anchor(tmp_path: Path) -> None:
         }
 
     trainer = recorder(
-        tmp_path, changes={"max_steps": 1}, objective="dppo", divergence=BINARY_TV, rollout_func=rollouts
+        tmp_path,
+        changes={"max_steps": 1, "num_iterations": updates},
+        objective="dppo",
+        divergence=BINARY_TV,
+        rollout_func=rollouts,
     )
     trainer.train()
     batch = joined([step.batch for step in trainer.steps])
+    assert ("old_per_token_logps" in trainer.steps[0].batch) == (updates > 1), "TRL computes its own only then"
     model = create_model(DENSE, "trl")
     now = logp_by_hand(model, batch).detach()
     mask, columns = batch["completion_mask"].bool(), torch.arange(batch["completion_mask"].shape[1])

@@ -8,8 +8,8 @@
     +actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}
     algorithm.rollout_correction.bypass_mode=True                                    # the anchor is the rollout policy
 
-verl's stock configuration class refuses keys that it does not know; `PolicyLoss` adds ours. verl builds it once before
-it starts Ray, so every error below ends the launch with one line, and again in each worker.
+verl's stock configuration class refuses keys that it does not know; `PolicyLoss` adds ours. verl builds it before it
+starts Ray, so a wrong setting ends the launch there (and again in each worker), with our line in hydra's error.
 
 Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses (an objective reads `settings` only),
 importance weights and rejection from `rollout_correction` (refused), entropy and KL terms (verl adds its own after ours).
