@@ -149,6 +149,18 @@ def test_metric_sums_are_not_rounded_to_the_inputs_precision() -> None:
     assert metrics["divergence"] == pytest.approx((1001 * (2**-8 + 2**-15), 1001.0), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", names())
+def test_inputs_are_not_modified(name: str) -> None:
+    """Also not in the padding, whose NaN the rules replace by 0 on their own copy."""
+    tokens = random_tokens(seed=3)
+    fields = {key: torch.where(tokens.mask, x, torch.nan) for key, x in vars(tokens).items() if x.is_floating_point()}
+    tokens = replace(tokens, **fields)
+    before = {key: value.clone() for key, value in vars(tokens).items()}
+    policy_loss(objective(name), tokens)
+    for key, value in vars(tokens).items():
+        torch.testing.assert_close(value, before[key], atol=0, rtol=0, equal_nan=True)
+
+
 # Errors: each names what is wrong.
 
 TOKENS = random_tokens(seed=1, batch=3, width=4)

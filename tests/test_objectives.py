@@ -208,6 +208,15 @@ def test_thresholds_are_not_strict() -> None:
     assert (soft(tie([0.25, 0.125, 0.125, 0.125 + 2**-20])).gate < 1).tolist() == [[False, False, False, True]]
 
 
+def test_trm_thresholds_are_not_strict() -> None:
+    """Largest divergence .25 and mean .125, each equal to its threshold, then a hair above."""
+    tokens = tie([0.25, 0.0])
+    above = replace(tokens, divergence=torch.tensor([[0.25 + 2**-20, 0.0]]))
+    for rule in (objective("trm", delta_max=0.25), objective("trm", delta_max=None, delta_mean=0.125)):
+        assert rule(tokens).gate.tolist() == [[1, 1]]
+        assert rule(above).gate.tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("name", ["dppo", "cppo"])
 def test_toward_tokens_are_kept_however_far(name: str) -> None:
     """A (rho - 1) <= 0, equality included (rho = 1, A = 0)."""
@@ -339,6 +348,24 @@ def test_log_ratios_are_clamped_at_20() -> None:
     torch.testing.assert_close(objective("pg", cap=None)(tokens).surrogate, expected)
     _, grad, _ = loss_and_grad(objective("pg", cap=None), tokens, "token-sum")
     torch.testing.assert_close(grad, -torch.tensor([[math.exp(19.0), 0.0, 0.0]]))
+
+
+def test_gspo_limits_the_mean_log_ratio_at_10() -> None:
+    surrogate = objective("gspo")(tie([0.0, 0.0], [12.0, 14.0])).surrogate
+    torch.testing.assert_close(surrogate, torch.full((1, 2), math.exp(10.0)))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_divergence_with_a_gradient_gets_none(soft: bool) -> None:
+    """`cppo.divergences` gives none, other code may: the gate is a number all the same."""
+    tokens = tie([0.05, 0.3, 0.3])
+    assert tokens.divergence is not None
+    tokens.divergence.requires_grad_()
+    terms = objective("cppo", soft=soft)(replace(tokens, logp=tokens.logp.requires_grad_()))
+    assert not terms.gate.requires_grad and (terms.gate < 1).any()
+    loss = (terms.gate * terms.surrogate).sum()
+    (grad,) = torch.autograd.grad(loss, tokens.divergence, allow_unused=True)
+    assert grad is None
 
 
 def test_ragged_masks_have_holes_and_empty_rows() -> None:
