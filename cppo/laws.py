@@ -316,8 +316,9 @@ def gates_are_shares_with_a_reason(rule: Objective, tokens: Tokens = EXAMPLE) ->
 def inputs_are_not_modified(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
     """The rule writes into none of its arguments."""
     given = each_field(spoiled(tokens, torch.nan), torch.clone)
+    before = each_field(given, torch.clone)
     inner = padded_like(given)  # what the rule itself gets
-    before, inner_before = each_field(given, torch.clone), each_field(inner, torch.clone)
+    inner_before = each_field(inner, torch.clone)
     rule(given)
     rule.spec.function(rule.settings, inner)
     for name, then in vars(before).items():
