@@ -130,14 +130,12 @@ def _positions(config: RunConfig, folder: Path) -> pd.DataFrame:
 
 
 def _tokens(config: RunConfig, folder: Path) -> pd.DataFrame:
-    """The last dump of the run, a row a token."""
-    dumps = _jsonl(folder / "tokens.jsonl")
-    last = max((dump["iteration"] for dump in dumps), default=None)
+    """The dumps of the run's checkpoints, a row a token."""
     lists = ["token", "advantage", "ratio", "weighted", "prefix_threshold", "threshold", "reason"]
     rows = [
-        {"step": last, "row": dump["row"], "position": t + 1, "delta": dump["delta"]} | {n: dump[n][t] for n in lists}
-        for dump in dumps
-        if dump["iteration"] == last
+        {"step": dump["iteration"], "row": dump["row"], "position": t + 1, "delta": dump["delta"]}
+        | {name: dump[name][t] for name in lists}
+        for dump in _jsonl(folder / "tokens.jsonl")
         for t in range(len(dump["token"]))
     ]
     return _keyed(config, rows, ["step", "row", "position", "delta", *lists])

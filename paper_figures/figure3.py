@@ -43,10 +43,10 @@ def draw(results: Results, out: Path) -> None:
     bars = ax.bar(x, shown["weighted"], width=0.8, color=[KINDS[k][0] for k in kinds])
     for bar, k in zip(bars, kinds, strict=True):
         bar.set(hatch="////" if k == "threshold" else "", edgecolor="white", linewidth=0)
-    ax.step(x, shown["delta"], where="mid", color="0.2", linestyle="--", linewidth=1, label=r"$\delta$")
     label = r"prefix-adjusted $\delta+\delta_bW_{t-1}-S_{t-1}$"
     ax.step(x, shown["prefix_threshold"], where="mid", color="#56B4E9", linewidth=4, alpha=0.6, label=label)
-    ax.step(x, shown["threshold"], where="mid", color="#0072B2", linewidth=1.2, label="effective: the lower one")
+    ax.step(x, shown["threshold"], where="mid", color="#0072B2", linewidth=2.2, label="effective: the lower one")
+    ax.step(x, shown["delta"], where="mid", color="0.2", linewidth=1, dashes=(3, 3), label=r"$\delta$")
     # A prefix can save or overspend many times delta: the axis stops where the comparison does.
     top = 1.12 * max(shown["weighted"].max(), 1.4 * shown["delta"].max())
     ax.set_ylim(max(min(0, 1.1 * shown["threshold"].min()), -top / 2), top)

@@ -120,6 +120,13 @@ def test_readme_names_real_files_and_targets() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_readme_shows_the_published_table() -> None:
+    shown = re.search(
+        r"<!-- table1: (\S+), .*?-->\n(.*?)\n<!-- end of table1 -->", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert shown is not None and shown[2].strip() == (ROOT / shown[1]).read_text().strip()
+
+
 def test_version_is_said_once() -> None:
     import cppo
 

@@ -146,7 +146,7 @@ def test_collected_numbers(suite: Suite, tables: Path) -> None:
     # Iterations 1 and 2 lead to checkpoint 2, iterations 3 and 4 to checkpoint 4.
     assert found["positions"]["step"].tolist() == [2, 4] and found["positions"]["count"].tolist() == [8, 8]
     assert found["positions"]["drift"].tolist() == [3 / 8, 7 / 8] and found["positions"]["tail"].tolist() == [0.5, 0.5]
-    assert found["tokens"][["step", "row", "position"]].values.tolist() == [[4, 3, 1], [4, 3, 2]]
+    assert found["tokens"][["step", "row", "position"]].values.tolist() == [[2, 3, 1], [2, 3, 2], [4, 3, 1], [4, 3, 2]]
     runs = found["runs"].set_index("label")
     assert runs.loc["base", ["run", "objective", "iterations"]].tolist() == [base.id, "warm start", 100]
     assert runs.loc["cppo", ["run", "status", "iterations", "seconds"]].tolist() == [run.id, "finished", 4, 6.0]
