@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
@@ -9,7 +10,7 @@ from tiny import ROOT
 from cppo import advantages, divergences, laws
 from cppo.__main__ import main
 from cppo.docs import field_docs, markdown
-from cppo.objectives import names, spec
+from cppo.objectives import names, registry, spec
 from cppo.presets import PRESETS
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text()
@@ -58,3 +59,21 @@ def test_objectives_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         assert "Source:" in block and ("(needs a divergence)" in block) == spec(name).divergence
         for field in dataclasses.fields(spec(name).settings):
             assert f"      {field.name} = " in block, (name, field.name)
+
+
+def test_the_readmes_example_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file beside the caller and its entry in a suite: the suite is valid, and every law is kept."""
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(# my_rules\.py\n.*?)```", readme, re.DOTALL)
+    entry = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert code is not None and entry is not None
+    (tmp_path / "my_rules.py").write_text(code[1])
+    suite = tmp_path / "suite.yaml"
+    suite.write_text((ROOT / "config" / "smoke.yaml").read_text() + entry[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["check-suite", str(suite)]) == 0
+    assert main(["check", "my_rules:halt"]) == 0
+    assert "my_rules:halt keeps every law" in capsys.readouterr().out
+    monkeypatch.delitem(registry._REGISTRY, "halt")  # leave no trace for tests that run over all objectives
