@@ -115,6 +115,8 @@ class Results:
 
         entry = self.entry(label)
         given = {**entry.get("settings", {}), **entry.get("by_setting", {}).get(setting, {})}
+        if given.get("span") == "max_response_tokens":  # as a suite may say it; see cppo.config
+            given["span"] = self.suite["settings"][setting]["rollout"]["max_response_tokens"]
         try:
             return asdict(settings_of(entry["objective"], **given))
         except ValueError:  # an objective of the user's whose module is not at hand
