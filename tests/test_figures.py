@@ -37,6 +37,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cppo_wmin": {"w_min": 0.6},
     "cppo_kl": {"delta": 0.1, "delta_b": 0.002},
     "cppo_binary": {},
+    "cppo_padded": {"span": "max_response_tokens"},
 }
 TITLES = {"base": "Qwen3-100k-Base", "moe": "Qwen3-MoE-225k-Base", "larger": "Qwen3-300k-Base"}
 COLLAPSED = {("cispo", "moe", 0): 17, ("cispo", "moe", 1): 31, ("pg", "base", 1): 23}
