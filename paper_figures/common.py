@@ -59,6 +59,8 @@ LOOKS: dict[str, Look] = {
     "cppo_no_weight": Look("CPPO w/o position weight", "#AA4499", "<"),
     "cppo_no_budget": Look("CPPO w/o prefix budget", "#117733", ">"),
     "cppo_shuffled": Look("CPPO shuffled weights", "#DDAA33", "h"),
+    "cppo_shuffled_full": Look("CPPO shuffled, with budget", "#661100", "X"),
+    "cppo_padded": Look("CPPO padded span", "#8C8C8C", "p"),
     "cppo_soft": Look("CPPO soft gate", "#332288", "D"),
     "cppo_budget_fixed": Look("CPPO fixed budget", "#CC6677", "8"),
     "cppo_wmin": Look("CPPO lower w_min", "#44AA99", "H"),
