@@ -86,7 +86,10 @@ def test_same_weights_same_scores_and_noise_at_every_checkpoint(
 
 
 def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
-    """`lm_eval --model hf` on our checkpoint and task gives our score within two standard errors of the difference."""
+    """`lm_eval --model hf` on our checkpoint and task gives our score within three standard errors of the difference.
+
+    Three, not two: draws differ between kinds of processor, and two would fail on one kind in twenty by chance.
+    """
     _, folder, data = scored
     command = [
         sys.executable,
@@ -113,7 +116,7 @@ def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: P
     # Both sample the same problems: only the 16 samples a problem are drawn anew.
     variance = 2 * sum(p * (1 - p) / 16 for p in rates) / len(rates) ** 2
     assert 0.1 < ours < 0.9
-    assert abs(stock - ours) <= 2 * math.sqrt(variance), (stock, ours)
+    assert abs(stock - ours) <= 3 * math.sqrt(variance), (stock, ours)
 
 
 def test_interrupted_evaluation_keeps_what_it_has(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
