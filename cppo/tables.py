@@ -16,6 +16,8 @@ from cppo.config import BaseConfig, RunConfig, Suite, parse
 from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
+TOKEN_ROWS = 3
+"""Responses of a dump that enter the tokens table: it is committed, and the figure shows one."""
 KEY = ["run", "label", "setting", "seed"]
 CURVES = (
     "reward accuracy unjudged response_length truncated entropy divergence mask_share mask_share/threshold"
@@ -129,13 +131,21 @@ def _positions(config: RunConfig, folder: Path) -> pd.DataFrame:
     return _keyed(config, found, columns)
 
 
+def _by_iteration(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["iteration"], []).append(row)
+    return found
+
+
 def _tokens(config: RunConfig, folder: Path) -> pd.DataFrame:
-    """The dumps of the run's checkpoints, a row a token."""
+    """The first rows of each checkpoint's dump (those with most masked tokens), a row a token."""
     lists = ["token", "advantage", "ratio", "weighted", "prefix_threshold", "threshold", "reason"]
     rows = [
         {"step": dump["iteration"], "row": dump["row"], "position": t + 1, "delta": dump["delta"]}
         | {name: dump[name][t] for name in lists}
-        for dump in _jsonl(folder / "tokens.jsonl")
+        for dumps in _by_iteration(_jsonl(folder / "tokens.jsonl")).values()
+        for dump in dumps[:TOKEN_ROWS]
         for t in range(len(dump["token"]))
     ]
     return _keyed(config, rows, ["step", "row", "position", "delta", *lists])
