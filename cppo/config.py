@@ -490,7 +490,8 @@ def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: name what was written.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         message = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(first["type"], first["msg"])
         message = message.removeprefix("Value error, ")
