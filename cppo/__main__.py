@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cppo.config import RunConfig, Suite, find_base, find_run, load_suite, read_config
+from cppo.config import RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
 
 # Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
 
@@ -33,6 +33,7 @@ def data(args: argparse.Namespace) -> None:
 
     base = find_base(_suite(args), args.setting)
     folder = Path(args.root) / base.data
+    assert isinstance(base.plan.task, Task)
     for name, problems in make_problems(base.plan.task, base.setting).items():
         write_problems(problems, folder / f"{name}.jsonl")
     how = base.evaluation

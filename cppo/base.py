@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo.config import BaseConfig
+from cppo.config import BaseConfig, Model, Task
 from cppo.policy import EOS, create_model, create_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem, demonstrations
 from cppo.provenance import provenance
@@ -32,11 +32,12 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) 
 
     Raises ValueError when the accuracy is not reached within `max_steps`.
     """
-    plan = config.plan.warm_start
+    plan, task = config.plan.warm_start, config.plan.task
+    assert plan is not None and isinstance(config.plan.model, Model) and isinstance(task, Task)
     tokenizer = create_tokenizer()
     model = create_model(config.plan.model, config.setting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
-    examples = demonstrations(config.plan.task, config.setting)
+    examples = demonstrations(task, config.setting)
     log: list[dict[str, float]] = []
     bar = tqdm(range(1, plan.max_steps + 1), desc=f"base {config.setting}", unit="step", mininterval=2)
     for step in bar:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from cppo.presets import expand
 
@@ -73,6 +73,15 @@ class Model(Config):
         return self
 
 
+class Pretrained(Config):
+    """A published checkpoint, from the hub or a local folder."""
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    """`organisation/model` on the Hugging Face hub, or the path of a checkpoint folder."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """The hub's commit; needed for a hub name, not for a folder."""
+
+
 class Benchmark(Config):
     """A held-out set of problems of one difficulty; stands in for one AIME year."""
 
@@ -103,6 +112,43 @@ class Task(Config):
         _unique([b.name for b in self.benchmarks], "benchmarks: name")
         if "train" in (b.name for b in self.benchmarks):
             raise ValueError("benchmarks: the name 'train' is taken by the training problems")
+        return self
+
+
+class Dataset(Config):
+    """A published set of problems that `cppo.datasets` knows how to read."""
+
+    name: Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "gsm8k"]
+    """Which one; also the lm-eval task's name."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """The hub's commit; None where `data_dir` holds the files."""
+    problems: Count
+    """How many distinct problems it must hold; another number is an error."""
+
+
+class MathTask(Config):
+    """Competition mathematics in words: published training problems and benchmarks, the paper's task."""
+
+    family: Literal["math"]
+    """Kind of problem."""
+    train: Dataset
+    """The training problems."""
+    benchmarks: tuple[Dataset, ...] = Field(min_length=1)
+    """Held-out sets."""
+    data_dir: str | None = None
+    """Folder with the data sets' files, for machines without the hub; None = the hub."""
+    prompt: Literal["chat", "base"]
+    """chat = the tokenizer's chat template; base = plain text for a model that knows no chat."""
+    instruction: str
+    """What follows the question, such as a request for a boxed answer."""
+    max_prompt_tokens: Count
+    """A training problem with a longer prompt is left out, and counted."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "MathTask":
+        _unique([b.name for b in self.benchmarks], "benchmarks: name")
+        if self.train.name in (b.name for b in self.benchmarks):
+            raise ValueError(f"benchmarks: {self.train.name} is the training set")
         return self
 
 
@@ -189,17 +235,69 @@ class Critic(Config):
     """How far a value may move from the rollout's before its gradient is dropped."""
 
 
+class Scale(Config):
+    """How a run uses accelerators and processes; left out for the embedded CPU suites."""
+
+    engine: Literal["torch", "vllm", "verl"] = "torch"
+    """What samples: our loop on the policy itself; vLLM beside it; or verl, which runs the whole training."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: a whole copy of the model in each, or a share of it."""
+    micro_rows: Count | None = None
+    """Responses in one forward and backward pass; None = the whole minibatch at once. Changes no result but rounding."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    vllm_gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of vLLM's own; 0 = it shares the trainer's and sleeps during updates."""
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of a GPU's memory that vLLM may take."""
+
+
+class Resources(Config):
+    """What a job of a setting asks the cluster for; changes no number and no run id."""
+
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs on each node; also the processes that train."""
+    nodes: Count = 1
+    """Nodes; more than one only for engine verl."""
+    cpus: Count = 1
+    """CPU cores on each node."""
+    memory_gb: Positive = 4.0
+    """Main memory on each node."""
+    hours: Positive = 1.0
+    """Time limit of a training job; it resumes when it is hit."""
+    evaluate_hours: Positive = 1.0
+    """Time limit of an evaluation job, which takes one GPU where `gpus` is not 0."""
+
+
+def _kind_of_model(raw: Any) -> str:
+    return "published" if isinstance(raw, Pretrained) or (isinstance(raw, dict) and "name" in raw) else "created"
+
+
+def _kind_of_task(raw: Any) -> str:
+    return "math" if isinstance(raw, MathTask) or (isinstance(raw, dict) and raw.get("family") == "math") else "chain"
+
+
+_TAGS = {("model", "created"), ("model", "published"), ("task", "chain"), ("task", "math")}
+"""What pydantic adds to the place of an error below such a key."""
+AnyModel = Annotated[
+    Annotated[Model, Tag("created")] | Annotated[Pretrained, Tag("published")], Discriminator(_kind_of_model)
+]
+AnyTask = Annotated[Annotated[Task, Tag("chain")] | Annotated[MathTask, Tag("math")], Discriminator(_kind_of_task)]
+
+
 class Setting(Config):
     """One column of the paper's tables: a base model with its task and training plan."""
 
     title: Annotated[str, Field(min_length=1, max_length=60)]
     """What tables and figures call it."""
-    model: Model
-    """The architecture."""
-    task: Task
+    model: AnyModel
+    """The architecture to create, or a published checkpoint."""
+    task: AnyTask
     """Training and held-out problems."""
-    warm_start: WarmStart
-    """How the base model is made."""
+    warm_start: WarmStart | None = None
+    """How the base model is made from a created one; left out for a published checkpoint."""
     rollout: RolloutPlan
     """Rollouts and minibatches."""
     optimizer: Optimizer
@@ -212,11 +310,24 @@ class Setting(Config):
     """Iterations between two scored checkpoints; divides `iterations`."""
     collapse_after: Count = 5
     """Non-finite updates in a row after which the run ends and is reported as collapsed."""
+    scale: Scale | None = None
+    """Accelerators and processes; None = the torch engine in one process in float32."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Setting":
+        created, chain = isinstance(self.model, Model), isinstance(self.task, Task)
+        if created != (self.warm_start is not None):
+            raise ValueError("warm_start is for a created model, which needs it; a published one has none")
+        if created != chain:
+            raise ValueError("task.family: a created model knows only the chain, a published one only math")
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> "Setting":
         if self.iterations % self.checkpoint_every:
             raise ValueError(f"checkpoint_every {self.checkpoint_every} does not divide iterations {self.iterations}")
+        if isinstance(self.task, MathTask):
+            return self
         longest = max((*self.task.steps, *(b.steps for b in self.task.benchmarks)))
         needed = 6 * longest + 4
         if self.rollout.max_response_tokens < needed:
@@ -303,8 +414,12 @@ class RunConfig(Config):
 
     @property
     def id(self) -> str:
-        """The run's id: hash of this configuration without the setting's title, which changes no number."""
-        return content_hash(self.model_dump(mode="json", exclude={"plan": {"title"}}))
+        """The run's id: hash of this configuration without the setting's title, which changes no number.
+
+        `scale` came later and is left out while absent, so that older runs keep their ids.
+        """
+        unhashed = {"title", "scale"} if self.plan.scale is None else {"title"}
+        return content_hash(self.model_dump(mode="json", exclude={"plan": unhashed}))
 
     @property
     def folder(self) -> str:
@@ -366,11 +481,18 @@ class Suite(Config):
     """The same for all."""
     objectives: tuple[ObjectiveEntry, ...] = Field(min_length=1)
     """The tables' rows."""
+    resources: dict[Name, Resources] = {}
+    """What the jobs of a setting ask a cluster for, by the setting's name; for others one core."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that get every iteration's metrics too."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
         _unique([o.name for o in self.objectives], "objectives: name")
         _unique(self.seeds, "seeds")
+        for name in self.resources:
+            if name not in self.settings:
+                raise ValueError(f"resources.{name}: no such setting in this suite")
         for entry in self.objectives:
             if entry.name == "base":
                 raise ValueError("objectives: the name 'base' is taken by the tables' base row")
@@ -430,7 +552,7 @@ def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
     for entry in suite.objectives:
         for name, plan in suite.settings.items():
             try:
-                _check_objective(_spelled_out(entry, name, plan))
+                _check_objective(_spelled_out(entry, name, plan), plan)
             except ValueError as error:
                 raise ValueError(f"{path}: objectives.{entry.name}.{error}") from None
     return suite
@@ -492,7 +614,8 @@ def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
     except ValidationError as error:
         # A misspelt key is also a missing one: name what was written.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        place = first["loc"]
+        key = ".".join(str(part) for i, part in enumerate(place) if (place[i - 1], part) not in _TAGS)
         message = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(first["type"], first["msg"])
         message = message.removeprefix("Value error, ")
         raise ValueError(f"{where}: {_one_line((key + ': ' if key else '') + message)}") from None
@@ -581,7 +704,7 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
     return entry.model_copy(update={"settings": resolved, "by_setting": {}})
 
 
-def _check_objective(entry: ObjectiveEntry) -> None:
+def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
     """ValueError for a combination that cannot run."""
     from cppo.objectives import spec
     from cppo.problems import VOCABULARY
@@ -589,6 +712,10 @@ def _check_objective(entry: ObjectiveEntry) -> None:
     if spec(entry.objective).divergence != (entry.divergence is not None):
         need = "needs one" if entry.divergence is None else "uses none"
         raise ValueError(f"divergence: objective {entry.objective} {need}")
-    k = entry.divergence.k if entry.divergence else None
-    if k is not None and k >= len(VOCABULARY):
-        raise ValueError(f"divergence.k: {k} must be below the vocabulary's size {len(VOCABULARY)}")
+    if entry.divergence is None:
+        return
+    if isinstance(plan.model, Pretrained):
+        if entry.divergence.estimator == "exact":
+            raise ValueError("divergence.estimator: exact is for the embedded vocabulary; take top_k")
+    elif entry.divergence.k is not None and entry.divergence.k >= len(VOCABULARY):
+        raise ValueError(f"divergence.k: {entry.divergence.k} must be below the vocabulary's size {len(VOCABULARY)}")
