@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from cppo.config import RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
+from cppo.interrupts import TRY_AGAIN, Interrupted
+from cppo.lock import locked
 
 # Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
 
@@ -56,7 +58,9 @@ def base(args: argparse.Namespace) -> None:
 
     config = find_base(_suite(args), args.setting)
     problems = read_problems(Path(args.root) / config.data / "train.jsonl")
-    warm_start(config, problems, Path(args.root) / config.folder)
+    folder = Path(args.root) / config.folder
+    with locked(folder):
+        warm_start(config, problems, folder)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -68,7 +72,9 @@ def train(args: argparse.Namespace) -> None:
     start = root / run.base.folder / "checkpoints" / "step-0"
     if not start.is_dir():
         raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
-    train_run(run, start, read_problems(root / run.base.data / "train.jsonl"), root / run.folder)
+    problems = read_problems(root / run.base.data / "train.jsonl")
+    with locked(root / run.folder):
+        train_run(run, start, problems, root / run.folder)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -78,7 +84,8 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     config = read_config(folder)
     data = config.base.data if isinstance(config, RunConfig) else config.data
-    score(config, folder, folder.parents[2] / data)
+    with locked(folder):
+        score(config, folder, folder.parents[2] / data)
 
 
 def runs(args: argparse.Namespace) -> None:
@@ -183,13 +190,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 = done, 1 = a check failed, 2 = a user's mistake."""
+    """Run a command; 0 = done, 1 = a check failed, 2 = a user's mistake, 75 = stopped by SIGTERM with its state saved."""
     args = parser().parse_args(argv)
     try:
         code: int | None = args.function(args)
     except ValueError as error:
         print(f"cppo: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        print(f"cppo: {interrupted}; the same command continues it", file=sys.stderr)
+        return TRY_AGAIN
+    except KeyboardInterrupt:
+        print("cppo: interrupted; the same command continues from what is saved", file=sys.stderr)
+        return 130
     return code or 0
 
 

@@ -6,8 +6,6 @@ One a setting, shared by all its runs; the demonstrations are noisy on purpose (
 import itertools
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo.config import BaseConfig, Model, Task
+from cppo.files import whole_folder, write_whole
 from cppo.policy import EOS, create_model, create_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem, demonstrations
 from cppo.provenance import provenance
@@ -59,15 +58,12 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) 
             f"warm_start of setting {config.setting}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
             f"{plan.max_steps} is below target_accuracy {plan.target_accuracy}; raise max_steps or lower the target"
         )
-    partial = folder / "checkpoints" / "step-0.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_pretrained(model, partial)
-    shutil.rmtree(partial.with_name("step-0"), ignore_errors=True)
-    os.replace(partial, partial.with_name("step-0"))
-    (folder / "config.json").write_text(config.model_dump_json(indent=1))
-    (folder / "provenance.json").write_text(json.dumps(provenance(), indent=1))
-    (folder / "warm_start.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (folder / "DONE").write_text(json.dumps({"status": "finished", "steps": step}) + "\n")
+    with whole_folder(folder / "checkpoints" / "step-0") as checkpoint:
+        save_pretrained(model, checkpoint)
+    write_whole(folder / "config.json", config.model_dump_json(indent=1))
+    write_whole(folder / "provenance.json", json.dumps(provenance(), indent=1))
+    write_whole(folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    write_whole(folder / "DONE", json.dumps({"status": "finished", "steps": step}) + "\n")
 
 
 def _learning_rate(step: int, peak: float, warmup: int, total: int) -> float:

@@ -1,13 +1,15 @@
 """Training state on disk: whole or absent, checked when read, never unpickled.
 
-A state is a folder of safetensors files and one JSON file, with a manifest of SHA-256 sums. It is written beside its final
-name, flushed to the disk and renamed; the last two are kept, so a damaged one has a predecessor to fall back to.
+A state is a folder of safetensors files and one JSON file, with a manifest of SHA-256 sums. The last two are kept, so a
+damaged one has a predecessor to fall back to. The streams (JSON lines that only grow) are not copied: the state holds how
+many bytes of each belong to it, with their SHA-256.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +17,67 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cppo.files import whole_folder, writing
+
 KEPT = 2
 
 
-def save_state(root: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
+def save_state(
+    root: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any], streams: Iterable[Path]
+) -> None:
     """Write the state of `iteration` under `root` and drop all but the last two.
 
-    tensors: file name (without ending) -> tensors; info: anything that JSON can hold.
+    tensors: file name (without ending) -> tensors; info: anything that JSON can hold; streams: files that only grow.
     """
-    final, partial = root / f"{iteration:06d}", root / f"{iteration:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file({k: v.contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
-    (partial / "info.json").write_text(json.dumps(info))
-    manifest = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps(manifest))
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _flush(root)
+    with whole_folder(root / f"{iteration:06d}") as folder:
+        for name, content in tensors.items():
+            save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
+        sizes = {path.name: [path.stat().st_size, _sha256(path)] for path in streams}
+        (folder / "info.json").write_text(json.dumps({"info": info, "streams": sizes}))
+        manifest = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     for old in _states(root)[:-KEPT]:
         shutil.rmtree(old)
 
 
-def load_latest(root: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]] | None:
+def load_latest(
+    root: Path, streams: Iterable[Path]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]] | None:
     """The newest undamaged state (tensors, info) and a line for each damaged one that was passed over; None = no state.
 
+    Cuts the streams back to what belongs to the state; without one they are emptied.
     Raises ValueError when there are states and all are damaged: training from the start would silently repeat work.
     """
-    states = _states(root)
-    damaged: list[str] = []
-    for folder in reversed(states):
-        problem = _damage(folder)
+    streams, damaged = list(streams), list[str]()
+    for folder in reversed(_states(root)):
+        problem = _damage(folder, streams)
         if problem is None:
+            found = json.loads((folder / "info.json").read_text())
+            _cut(streams, {name: size for name, (size, _) in found["streams"].items()})
             tensors = {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
-            return tensors, json.loads((folder / "info.json").read_text()), damaged
+            return tensors, found["info"], damaged
         damaged.append(f"{problem}; falling back to the state before it")
     if damaged:
         first = damaged[0].split(";")[0]
         raise ValueError(f"{root}: every saved state is damaged ({first}); delete the run's folder to start again")
+    _cut(streams, {})
     return None
+
+
+def _cut(streams: Iterable[Path], sizes: dict[str, int]) -> None:
+    """Drop what was written after the state."""
+    for path in streams:
+        with writing(path):
+            path.touch()
+            os.truncate(path, sizes.get(path.name, 0))
 
 
 def _states(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("*") if p.is_dir() and p.name.isdigit())
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a state, in one line; None = nothing."""
+def _damage(folder: Path, streams: Iterable[Path]) -> str | None:
+    """What is wrong with a state or its share of the streams, in one line; None = nothing."""
     manifest = folder / "manifest.json"
     try:
         sums = json.loads(manifest.read_text())
@@ -76,19 +89,24 @@ def _damage(folder: Path) -> str | None:
             return f"{path}: missing"
         if _sha256(path) != expected:
             return f"{path}: damaged (its SHA-256 differs from the manifest's)"
+    for path in streams:
+        size, expected = json.loads((folder / "info.json").read_text())["streams"][path.name]
+        if not path.is_file() or path.stat().st_size < size:
+            return f"{path}: shorter than the {size} bytes of state {folder.name}"
+        if _sha256(path, size) != expected:
+            return f"{path}: damaged (its first {size} bytes are not those of state {folder.name})"
     return None
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sha256(path: Path, size: int | None = None) -> str:
+    """Of the file's first `size` bytes; None = all."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        left = path.stat().st_size if size is None else size
+        while left > 0 and (piece := source.read(min(left, 2**20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

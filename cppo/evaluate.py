@@ -5,9 +5,9 @@ sample) only, so it is the same at every checkpoint and for every objective.
 """
 
 import csv
+import io
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +22,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
 from cppo.config import BaseConfig, RunConfig
+from cppo.files import write_whole
 from cppo.policy import load_pretrained, load_tokenizer
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.seeds import uniforms
@@ -106,7 +107,6 @@ def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
     Each checkpoint's rows are kept under scores/ as they come, so an interrupted evaluation continues.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    (folder / "scores").mkdir(exist_ok=True)
     tasks = TaskManager(include_path=str(data / "lm_eval"), include_defaults=False)
     for checkpoint in _checkpoints(folder):
         step = _step(checkpoint)
@@ -179,12 +179,11 @@ def checkpoint_means(scores: list[Score]) -> dict[int, float]:
 
 def write_scores(path: Path, scores: list[Score]) -> None:
     """Rows as CSV, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, [f.name for f in fields(Score)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(score) for score in scores)
-    os.replace(partial, path)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(Score)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(score) for score in scores)
+    write_whole(path, out.getvalue())
 
 
 def read_scores(path: Path) -> list[Score]:

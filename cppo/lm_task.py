@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from cppo.files import write_whole
 from cppo.problems import read_problems
 from cppo.rewards import Judge
 
@@ -38,12 +39,11 @@ def write_task(
     folder: Path, name: str, problems: Path, samples: int, temperature: float, top_p: float, tokens: int
 ) -> None:
     """Write the lm-eval task `name` over a problem file: Avg@`samples`, every sample counted."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = TEMPLATE.format(
         name=name, path=problems.resolve(), samples=samples, temperature=temperature, top_p=top_p, tokens=tokens
     )
-    (folder / f"{name}.yaml").write_text(text)
-    (folder / "utils.py").write_text("from cppo.lm_task import load, process_results  # noqa: F401\n")
+    write_whole(folder / f"{name}.yaml", text)
+    write_whole(folder / "utils.py", "from cppo.lm_task import load, process_results  # noqa: F401\n")
 
 
 def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:

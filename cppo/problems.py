@@ -12,7 +12,6 @@ wrongly most of the time, and reinforcement learning must repair those from the 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cppo.config import Task
+from cppo.files import write_whole
 from cppo.seeds import numpy_generator
 
 OPERANDS = {"+": tuple(range(10)), "-": tuple(range(10)), "*": (3, 7, 9)}
@@ -162,10 +162,7 @@ def demonstrations(task: Task, setting: str) -> Iterator[tuple[str, str]]:
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
     """One JSON object a line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
 
 
 def read_problems(path: str | Path) -> tuple[Problem, ...]:

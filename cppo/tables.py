@@ -6,6 +6,7 @@ provenance, speed). Beside them suite.json (the resolved suite) and configs.json
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from cppo.config import BaseConfig, RunConfig, Suite, parse
+from cppo.files import partial_of, write_whole, writing
 from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
@@ -65,17 +67,19 @@ def collect(suite: Suite, root: Path, out: Path) -> None:
             parts["curves"].append(_curves(config, folder))
             parts["positions"].append(_positions(config, folder))
             parts["tokens"].append(_tokens(config, folder))
-    out.mkdir(parents=True, exist_ok=True)
     for name, frames in parts.items():
         filled = [frame for frame in frames if len(frame)]
         _write(pd.concat(filled or frames, ignore_index=True), out / name)
-    (out / "suite.json").write_text(json.dumps(suite.model_dump(mode="json"), indent=1) + "\n")
-    (out / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
+    write_whole(out / "suite.json", json.dumps(suite.model_dump(mode="json"), indent=1) + "\n")
+    write_whole(out / "configs.json", json.dumps(configs, indent=1) + "\n")
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
-    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.7g", lineterminator="\n")
-    table.to_parquet(path.with_suffix(".parquet"), index=False)
+    write_whole(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.7g", lineterminator="\n"))
+    whole = path.with_suffix(".parquet")
+    with writing(whole):
+        table.to_parquet(partial_of(whole), index=False)
+        os.replace(partial_of(whole), whole)
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,7 @@ Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a 
 
 import json
 import math
-import os
-import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,8 @@ from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, s
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel, value_loss
 from cppo.diagnostics import Stopwatch, add, by_position, probability_shift, token_metrics
+from cppo.files import read_json, whole_folder, write_whole, writing
+from cppo.interrupts import Interrupted, Terminated, enough_memory
 from cppo.loss import Metrics, batch_denominator, policy_loss
 from cppo.objectives import Objective, Reason, Tokens, objective
 from cppo.objectives.divergence import CPPO, prefix_sums
@@ -60,8 +60,6 @@ class Trainer:
     iteration: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
-    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
-    """Bytes of each stream that belong to the saved state."""
 
     def __post_init__(self) -> None:
         plan = self.run.plan.optimizer
@@ -206,48 +204,46 @@ class Trainer:
 
     def append(self, stream: str, rows: list[dict[str, Any]]) -> None:
         """Add JSON lines to a stream."""
-        with (self.folder / f"{stream}.jsonl").open("a", encoding="utf-8") as out:
+        path = self.folder / f"{stream}.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, allow_nan=True) + "\n" for row in rows)
 
     # Saving and resuming ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Evaluation weights of this iteration, then the training state that counts them as done."""
-        final = self.folder / "checkpoints" / f"step-{self.iteration}"
-        partial = final.with_name(final.name + ".partial")
-        for old in (partial, final):
-            shutil.rmtree(old, ignore_errors=True)
-        save_pretrained(self.policy, partial)
-        os.replace(partial, final)
+        """The training state, and before it evaluation weights where the iteration is one to score."""
+        if self.iteration % self.run.plan.checkpoint_every == 0:
+            with whole_folder(self.folder / "checkpoints" / f"step-{self.iteration}") as folder:
+                save_pretrained(self.policy, folder)
         tensors = {"policy": self.policy.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.policy.config.tie_word_embeddings:
             tensors["policy"] = {k: v for k, v in tensors["policy"].items() if k != "lm_head.weight"}
         if self.critic is not None and self.critic_optimizer is not None:
             tensors["critic"] = {k: v for k, v in self.critic.state_dict().items() if k != "trunk.lm_head.weight"}
             tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer)
-        self.lengths = {name: (self.folder / f"{name}.jsonl").stat().st_size for name in STREAMS}
-        names = ("iteration", "updates", "nonfinite_in_a_row", "lengths")
-        save_state(self.folder / "state", self.iteration, tensors, {name: getattr(self, name) for name in names})
+        info = {name: getattr(self, name) for name in ("iteration", "updates", "nonfinite_in_a_row")}
+        save_state(self.folder / "state", self.iteration, tensors, info, self.streams())
+
+    def streams(self) -> list[Path]:
+        """The files that grow with every iteration."""
+        return [self.folder / f"{name}.jsonl" for name in STREAMS]
 
     def resume(self) -> None:
         """Continue from the newest saved state, if any; cut the streams back to what belongs to it."""
-        found = load_latest(self.folder / "state")
-        if found is not None:
-            tensors, info, damaged = found
-            for line in damaged:
-                tqdm.write(line)
-            _load(self.policy, tensors["policy"])
-            restore_optimizer(self.optimizer, tensors["optimizer"])
-            if self.critic is not None and self.critic_optimizer is not None:
-                _load(self.critic, tensors["critic"])
-                restore_optimizer(self.critic_optimizer, tensors["critic_optimizer"])
-            for name, value in info.items():
-                setattr(self, name, value)
-            tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}")
-        for name in STREAMS:
-            path = self.folder / f"{name}.jsonl"
-            path.touch()
-            os.truncate(path, self.lengths[name])
+        found = load_latest(self.folder / "state", self.streams())
+        if found is None:
+            return
+        tensors, info, damaged = found
+        for line in damaged:
+            tqdm.write(line)
+        _load(self.policy, tensors["policy"])
+        restore_optimizer(self.optimizer, tensors["optimizer"])
+        if self.critic is not None and self.critic_optimizer is not None:
+            _load(self.critic, tensors["critic"])
+            restore_optimizer(self.critic_optimizer, tensors["critic_optimizer"])
+        for name, value in info.items():
+            setattr(self, name, value)
+        tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}")
 
 
 def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -257,27 +253,48 @@ def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> None:
-    """Train `run` from the base model's checkpoint folder, or continue it, until its DONE file is written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(run.model_dump_json(indent=1))
-    (folder / "provenance.json").write_text(json.dumps(provenance(), indent=1))
+    """Train `run` from the base model's checkpoint folder, or continue it, until its DONE file is written.
+
+    SIGTERM (what Slurm sends before a time limit) ends it after the current iteration with its state saved, by
+    `Interrupted`. Raises ValueError when the folder's saved state is of another version of the code or of a package.
+    """
+    if (folder / "DONE").is_file():
+        return
+    _begin(run, folder)
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     total, status = run.plan.iterations, "finished"
-    with Judge() as judge, tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5) as bar:
+    bar = tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5)
+    with Terminated() as terminated, Judge() as judge, bar:
         trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, judge)
         trainer.resume()
         bar.update(trainer.iteration)
         while trainer.iteration < total:
-            trainer.step()
+            with enough_memory(folder, trainer.iteration + 1):
+                trainer.step()
             bar.update()
             if trainer.nonfinite_in_a_row >= run.plan.collapse_after:
                 status = f"collapsed at step {trainer.iteration}"
                 break
-            if trainer.iteration % run.plan.checkpoint_every == 0:
+            if trainer.iteration % run.plan.checkpoint_every == 0 or terminated:
                 trainer.save()
-    partial = folder / "DONE.partial"
-    partial.write_text(json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
-    os.replace(partial, folder / "DONE")
+            if terminated and trainer.iteration < total:
+                raise Interrupted(f"{folder}: stopped by SIGTERM after iteration {trainer.iteration}, which is saved")
+    write_whole(folder / "DONE", json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
+
+
+def _begin(run: RunConfig, folder: Path) -> None:
+    """Write config and provenance; ValueError when saved work was made by other code, which would make the run a mixture."""
+    path, here = folder / "provenance.json", provenance()
+    if path.is_file() and (folder / "state").is_dir():
+        before = read_json(path)
+        for name in here:
+            if name != "commit" and before.get(name) != here[name]:
+                raise ValueError(
+                    f"{path}: {name}: the run was begun with {before.get(name)}, this is {here[name]}; go back to that "
+                    "version to finish it, or delete the folder to start again"
+                )
+    write_whole(folder / "config.json", run.model_dump_json(indent=1))
+    write_whole(path, json.dumps(here, indent=1))
 
 
 def estimate(divergence: Divergence, now: Statistics, part: Rollouts) -> Tensor:

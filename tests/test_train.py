@@ -178,7 +178,7 @@ def test_damaged_state_falls_back_to_the_one_before_and_says_so(
     for state in (broken / "state").iterdir():
         (state / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every saved state is damaged"):
-        load_latest(broken / "state")
+        load_latest(broken / "state", [])
 
 
 def test_zero_advantage_minibatches_skip_their_step(

@@ -1,0 +1,84 @@
+"""Files and folders that are whole or absent: made beside their final name, flushed to the disk, then renamed.
+
+A process killed at any moment leaves the old content, the new content, or neither with a `.partial` beside it, which the next
+attempt removes. A full disk or a folder without permission is a ValueError of one line, and what was there stays.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ValueError(
+            f"{path}: cannot be written ({reason}); make room or mend its permissions and start again: "
+            "it continues from what is already saved"
+        ) from None
+
+
+def partial_of(path: Path) -> Path:
+    """Where `path` is made before it gets its name."""
+    return path.with_name(path.name + ".partial")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder is made."""
+    partial = partial_of(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, path)
+        _flush(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; it becomes `path`, replacing what was there, when the block ends without an error."""
+    partial = partial_of(path)
+    with writing(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for item in (*partial.iterdir(), partial):
+                _flush(item)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a half-written one would keep a full disk full
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk, not only in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file when it is missing, damaged or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: missing or not JSON; make it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object; make it again")
+    return found
