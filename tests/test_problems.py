@@ -276,7 +276,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
         raise OSError("disk full")
 
     monkeypatch.setattr(os, broken, refuse)
-    with pytest.raises(ValueError, match="train.jsonl: cannot be written .disk full."):
+    with pytest.raises(ValueError, match=r"train.jsonl: cannot be written .disk full."):
         write_problems(ROWS[:2], path)
     assert path.read_bytes() == before and read_problems(path) == ROWS
 

@@ -1,0 +1,11 @@
+"""What the fault tests share: a run that nothing disturbed."""
+
+import pytest
+from faults import kills
+from faults.workshop import Workshop
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> kills.Reference:
+    """The run with a critic, from its data to its tables."""
+    return kills.reference(Workshop(tmp_path_factory.mktemp("workshop"), ("ppo",)))
