@@ -7,7 +7,7 @@ VERL := .venv-verl
 SNAKEMAKE := $(BIN)/snakemake --cores all --rerun-incomplete
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce install test check mutation smoke figures report bench venv-verl test-verl nightly lock clean
+.PHONY: help reproduce install test check mutation faults smoke figures report bench venv-verl test-verl nightly lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ check: $(INSTALLED)  ## linters, types, formats of code and workflow
 mutation: $(INSTALLED)  ## apply deliberate bugs one at a time; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py
 
+faults: $(INSTALLED)  ## 120 SIGKILLs in every phase of a run, compared with one never stopped; exit code 1 on a difference
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --kills 120 2> faults.log || { tail -20 faults.log; exit 1; }
+
 smoke: $(INSTALLED)  ## the whole graph at the smallest size
 	$(SNAKEMAKE) --config suite=smoke
 
@@ -63,7 +66,7 @@ venv-verl: $(VERL)/.installed  ## verl 0.9.1 on a CPU, in an environment of its 
 test-verl: $(VERL)/.installed  ## our objectives inside the real verl
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py -n 0
 
-nightly: check test mutation test-verl  ## all of CI but the smoke suite, and what needs its own environment
+nightly: check test mutation faults test-verl  ## all of CI but the smoke suite, and what needs its own environment
 
 lock: $(INSTALLED)  ## regenerate constraints/main.txt and environment.yml
 	$(BIN)/python constraints/lock.py

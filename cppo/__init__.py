@@ -6,7 +6,7 @@ What it leaves out: distributed engines of its own; those are accelerate, vLLM a
 
 Imports point only backwards in this order: presets, config, seeds, files, interrupts, lock, problems, policy,
 rollout, rewards, advantages, divergences, objectives, loss, laws, diagnostics, critic, batches, checkpoint,
-provenance, train, base, lm_task, evaluate, statistics, theory, tables, docs, integrations, __main__.
+provenance, train, base, lm_task, evaluate, statistics, theory, tables, trace, docs, integrations, __main__.
 """
 
 __version__ = "0.1.0"

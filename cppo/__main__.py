@@ -7,6 +7,8 @@
     python -m cppo evaluate  runs/train/cppo/ID                          scores of a run's or a base model's checkpoints
     python -m cppo collect   --suite config/mini.yaml                    tables in runs/mini/
     python -m cppo publish   mini                                        check them and copy to results/mini/
+    python -m cppo show      ID                                          what a run's numbers come from
+    python -m cppo verify    results/mini                                do the tables follow from their rows?
     python -m cppo check-suite config/mini.yaml                          is it valid?
     python -m cppo objectives                                            every objective with its settings
     python -m cppo check     my_module:my_objective                      does it keep the laws of every objective?
@@ -108,6 +110,22 @@ def publish(args: argparse.Namespace) -> None:
     copy(Path(args.root) / args.name, Path(args.results) / args.name)
 
 
+def show(args: argparse.Namespace) -> None:
+    """Print what a run's numbers come from: configuration, code, packages, seeds."""
+    from cppo.trace import show as describe
+
+    print(describe(args.run, Path(args.root), Path(args.results)), end="")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Recompute the hashes of published tables, and make the printed ones again from their rows."""
+    from cppo.trace import verify as derive
+
+    for line in derive(Path(args.folder)):
+        print(f"holds  {line}")
+    print(f"{args.folder}: verified")
+
+
 def check_suite(args: argparse.Namespace) -> None:
     """Check a suite's file."""
     suite = _suite(args)
@@ -179,6 +197,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", help="name of the suite")
     command.add_argument("--root", default="runs", help="where runs are kept")
     command.add_argument("--results", default="results", help="where published tables are kept")
+    command = add(show)
+    command.add_argument("run", help="a run's id, such as those in results/mini/runs.csv")
+    command.add_argument("--root", default="runs", help="where runs are kept")
+    command.add_argument("--results", default="results", help="where published tables are kept")
+    add(verify).add_argument("folder", help="the published tables, such as results/mini")
     add(check_suite).add_argument("suite", help="the suite's YAML file")
     command = add(objectives)
     command.add_argument("--markdown", action="store_true", help="as docs/objectives.md, with divergences and laws")

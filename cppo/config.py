@@ -596,11 +596,17 @@ def read_config(folder: Path) -> RunConfig | BaseConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{path}: missing or not JSON; train the run (or make the base model) first") from None
-    kind: type[RunConfig] | type[BaseConfig] = RunConfig if isinstance(raw, dict) and "seed" in raw else BaseConfig
-    config = parse(kind, raw, str(path))
+    config = parse_run(raw, str(path))
     if config.id != folder.name:
         raise ValueError(f"{path}: its hash is {config.id}, not the directory's name: the file was edited; train again")
     return config
+
+
+def parse_run(raw: object, where: str) -> RunConfig | BaseConfig:
+    """The resolved configuration of a run or, without a seed, of a base model."""
+    if isinstance(raw, dict) and "seed" in raw:
+        return parse(RunConfig, raw, where)
+    return parse(BaseConfig, raw, where)
 
 
 def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:

@@ -5,6 +5,7 @@ position, pooled over the iterations that lead to a checkpoint), tokens (CPPO's 
 provenance, speed). Beside them suite.json (the resolved suite) and configs.json (run id -> resolved configuration).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from cppo.config import BaseConfig, RunConfig, Suite, parse
+from cppo.config import BaseConfig, RunConfig, Suite, parse, parse_run
 from cppo.files import partial_of, write_whole, writing
 from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
+SUMS = "SHA256SUMS"
+"""What `publish` writes beside the tables, in the format of sha256sum."""
 TOKEN_ROWS = 3
 """Responses of a dump that enter the tokens table: it is committed, and the figure shows one."""
 KEY = ["run", "label", "setting", "seed"]
@@ -61,7 +64,7 @@ def collect(suite: Suite, root: Path, out: Path) -> None:
             if not (folder / needed).is_file():
                 raise ValueError(f"{folder}: {needed} is missing; train and evaluate run {config.id} first")
         configs[config.id] = config.model_dump(mode="json")
-        parts["scores"].append(_read(folder / "scores.csv", "scores"))
+        parts["scores"].append(read_table(folder / "scores.csv", "scores"))
         parts["runs"].append(_run_row(config, folder))
         if isinstance(config, RunConfig):
             parts["curves"].append(_curves(config, folder))
@@ -74,8 +77,14 @@ def collect(suite: Suite, root: Path, out: Path) -> None:
     write_whole(out / "configs.json", json.dumps(configs, indent=1) + "\n")
 
 
+def as_csv(table: pd.DataFrame) -> str:
+    """The table's text: seven significant digits, which float32 does not exceed."""
+    text: str = table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
+    return text
+
+
 def _write(table: pd.DataFrame, path: Path) -> None:
-    write_whole(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.7g", lineterminator="\n"))
+    write_whole(path.with_suffix(".csv"), as_csv(table))
     whole = path.with_suffix(".parquet")
     with writing(whole):
         table.to_parquet(partial_of(whole), index=False)
@@ -167,11 +176,13 @@ def publish(source: Path, target: Path) -> None:
         shutil.copyfile(source / f"{name}.parquet", target / f"{name}.parquet")
     for name in ("suite.json", "configs.json"):
         shutil.copyfile(source / name, target / name)
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(source.iterdir()) if p.is_file()}
+    write_whole(target / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def check(folder: Path) -> None:
     """ValueError, one line naming the file, unless the tables in `folder` are whole and of one code version."""
-    tables = {name: _read(folder / f"{name}.csv", name) for name in TABLES}
+    tables = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
     for name in TABLES:
         if not (folder / f"{name}.parquet").is_file():
             raise ValueError(f"{folder / name}.parquet: missing; run `python -m cppo collect` first")
@@ -210,10 +221,7 @@ def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) ->
     if not isinstance(configs, dict):
         raise ValueError(f"{where}: not an object of configurations; collect again")
     for run, config in configs.items():
-        kind: type[RunConfig] | type[BaseConfig] = (
-            RunConfig if isinstance(config, dict) and "seed" in config else BaseConfig
-        )
-        if parse(kind, config, f"{where}: {run}").id != run:
+        if parse_run(config, f"{where}: {run}").id != run:
             raise ValueError(f"{where}: {run}: the configuration does not have this hash; collect again")
     expected = len(suite.settings) * (len(suite.seeds) * len(suite.objectives) + 1)
     if len(configs) != expected:
@@ -239,7 +247,7 @@ def _check_scores(folder: Path, suite: Suite, scores: pd.DataFrame) -> None:
         raise ValueError(f"{where}: problem: one occurs twice in a checkpoint; evaluate again")
 
 
-def _read(path: Path, table: str) -> pd.DataFrame:
+def read_table(path: Path, table: str) -> pd.DataFrame:
     """A table with at least its columns; text stays text."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run the suite (`snakemake`) or `python -m cppo collect` first")

@@ -1,0 +1,134 @@
+"""From a number back to what made it: `show` prints a run's whole provenance, `verify` re-derives what is published."""
+
+import filecmp
+import hashlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from cppo.config import BaseConfig, RunConfig, parse_run
+from cppo.files import read_json
+from cppo.provenance import PACKAGES, code_version
+from cppo.seeds import seed
+from cppo.tables import SUMS, TABLES, as_csv, check, read_table
+
+
+def show(run: str, root: Path, results: Path) -> str:
+    """Everything known of the run or base model with this id: where it is, status, code, packages, seeds, configuration.
+
+    Raises ValueError when neither `root` (run directories) nor `results` (published tables) has it.
+    """
+    places: list[tuple[str, dict[str, Any]]] = []  # where, provenance and status
+    config: RunConfig | BaseConfig | None = None
+    for path in sorted(root.glob(f"*/*/{run}/config.json")):
+        config = parse_run(read_json(path), str(path))
+        row = read_json(path.with_name("provenance.json"))
+        done = path.with_name("DONE")
+        row["status"] = read_json(done)["status"] if done.is_file() else "not finished"
+        places.append((str(path.parent), row))
+    for path in sorted(results.glob("*/configs.json")):
+        configs = read_json(path)
+        if run in configs:
+            config = parse_run(configs[run], f"{path}: {run}")
+            table = read_table(path.with_name("runs.csv"), "runs")
+            (row,) = table[table["run"] == run].to_dict("records")
+            places.append((str(path.parent), row))
+    if config is None:
+        raise ValueError(f"{run}: no such run in {root}/ or {results}/; ids are in results/*/runs.csv")
+    if config.id != run:
+        raise ValueError(f"{places[-1][0]}: the configuration of {run} has hash {config.id}: it was edited")
+    label = f"{config.label}, setting {config.setting}, seed {config.seed}" if isinstance(config, RunConfig) else "base"
+    lines = [f"run         {run}: {label}"]
+    for where, row in places:
+        lines += [
+            f"in          {where}",
+            f"  status    {row['status']}",
+            f"  code      {row['code_version']} at commit {row['commit']} (this checkout: {code_version()})",
+            f"  packages  Python {row['python']}, " + ", ".join(f"{name} {row[name]}" for name in PACKAGES),
+            f"  machine   {row['machine']}",
+        ]
+    lines += ["seeds       each draw has its own, from its axes; the first of each kind:"]
+    lines += [f"  {' '.join(map(str, axes)):<40} {seed(*axes)}" for axes in _first_seeds(config)]
+    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+    return "\n".join([*lines, "config", *(f"  {line}" for line in body.splitlines())]) + "\n"
+
+
+def _first_seeds(config: RunConfig | BaseConfig) -> list[tuple[str | int, ...]]:
+    """The axes of the first draw of each kind that the run's numbers depend on."""
+    setting, plan = config.setting, config.plan
+    benchmark = plan.task.benchmarks[0].name
+    found: list[tuple[str | int, ...]] = []
+    if plan.warm_start is not None:
+        found += [("weights", setting), ("problems", setting, "train"), ("table", setting), ("demonstrations", setting)]
+    if isinstance(config, RunConfig):
+        found += [("order", setting, config.seed, 0), ("rollout", setting, config.seed, 0)]
+        if config.objective.settings.get("shuffle", False):
+            found += [("shuffle", setting, config.seed, 1)]
+    axis = config.seed if isinstance(config, RunConfig) else 0
+    return [*found, ("evaluate", setting, axis, benchmark, "<problem id>", 0)]
+
+
+def verify(folder: Path) -> list[str]:
+    """What was found to hold, a line each, of the published tables in `folder`.
+
+    The files' SHA-256, the configurations' hashes, that every row belongs to a run of the suite and none is missing, that
+    both formats of a table agree, and that the printed tables follow from the rows: they are made again and compared.
+    Raises ValueError, one line naming the file, for the first thing that does not hold.
+    """
+    sums = _sums(folder / SUMS)
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{path}: not the file that was published ({SUMS}); publish it again or restore it")
+    check(folder)
+    for name in TABLES:
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        if as_csv(table) != (folder / f"{name}.csv").read_text(encoding="utf-8"):
+            raise ValueError(f"{folder / name}.csv: differs from {name}.parquet; publish it again or restore it")
+    printed = _redraw(folder)
+    rows = {name: len(read_table(folder / f"{name}.csv", name)) for name in TABLES}
+    versions = ", ".join(sorted(set(read_table(folder / "runs.csv", "runs")["code_version"])))
+    return [
+        f"{len(sums)} files have the SHA-256 of their publication",
+        f"{rows['runs']} runs: every id is the hash of its resolved configuration in configs.json",
+        f"code version {versions} in every row (this checkout: {code_version()})",
+        "rows: " + ", ".join(f"{count} {name}" for name, count in rows.items()) + "; none missing, none twice",
+        f"CSV and Parquet agree in {len(TABLES)} tables",
+        f"made again from the rows, byte for byte: {', '.join(printed)}",
+    ]
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """File name -> SHA-256, from a file in the format of sha256sum."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; `python -m cppo publish` writes it")
+    return {name: digest for digest, name in (line.split("  ", 1) for line in path.read_text().splitlines())}
+
+
+def _redraw(folder: Path) -> list[str]:
+    """Names of the printed tables in `folder`/figures, each made again from the rows and found equal."""
+    figures = folder / "figures"
+    scripts = sorted({path.stem for path in figures.glob("table*.md")})
+    if not scripts:
+        raise ValueError(f"{figures}: no printed table; `snakemake --cores all -F paper_figures` draws them")
+    names = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for script in scripts:
+            command = [sys.executable, f"paper_figures/{script}.py", str(folder), "--out", temporary]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise ValueError(f"paper_figures/{script}.py: {problem} (run this in the repository's root)")
+            for path in sorted(Path(temporary).glob(f"{script}.*")):
+                published = figures / path.name
+                if not published.is_file() or not filecmp.cmp(path, published, shallow=False):
+                    raise ValueError(
+                        f"{published}: does not follow from the rows; `snakemake --cores all -F paper_figures` draws it again"
+                    )
+                names.append(path.name)
+    return names
