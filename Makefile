@@ -54,6 +54,7 @@ report: $(INSTALLED)  ## one HTML file with the default suite's tables and figur
 
 bench: $(INSTALLED)  ## speed and memory, measured side by side
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rollout.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
 
 $(VERL)/.installed: pyproject.toml constraints/verl.txt
 	$(PYTHON) -m venv $(VERL)

@@ -24,17 +24,29 @@ from cppo.seeds import torch_generator, uniforms
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rollout, before any update."""
+class Sampled:
+    """Responses with their verdicts."""
 
     problems: tuple[Problem, ...]
     """B problems."""
     rollouts: Rollouts
-    """Its log-probabilities are the anchor's: mu's as sampled, or those of the recomputed old policy."""
+    """Log-probabilities are mu's as sampled; in a `Batch` the anchor's, which may be the recomputed old policy."""
     verdicts: Tensor
     """[B]: 1 right, 0 wrong, NaN without a verdict."""
     rewards: Tensor
     """[B]: the verdict and any shaping, NaN without a verdict."""
+
+    def groups(self, keep: Tensor, group: int) -> "Sampled":
+        """The groups (prompts) at these indices."""
+        rows = (keep.unsqueeze(1) * group + torch.arange(group)).view(-1)
+        problems = tuple(self.problems[i] for i in rows.tolist())
+        return Sampled(problems, self.rollouts.rows(rows), self.verdicts[rows], self.rewards[rows])
+
+
+@dataclass(frozen=True)
+class Batch(Sampled):
+    """A sample with everything its updates need."""
+
     advantages: Tensor
     """[B, T]."""
     position: Tensor | None = None
@@ -55,22 +67,6 @@ class Batch:
             "truncated": (float(self.rollouts.truncated.sum()), rows),
             "zero_variance": (float(advantages.zero_variance(self.rewards, group).sum()), rows),
         }
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Responses with their verdicts."""
-
-    problems: tuple[Problem, ...]
-    rollouts: Rollouts
-    verdicts: Tensor
-    rewards: Tensor
-
-    def groups(self, keep: Tensor, group: int) -> "Sampled":
-        """The groups (prompts) at these indices."""
-        rows = (keep.unsqueeze(1) * group + torch.arange(group)).view(-1)
-        problems = tuple(self.problems[i] for i in rows.tolist())
-        return Sampled(problems, self.rollouts.rows(rows), self.verdicts[rows], self.rewards[rows])
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,9 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
     label = config.label if isinstance(config, RunConfig) else "base"
     model = CheckpointLM(str(checkpoint), config.setting, seed)
     names = [benchmark.name for benchmark in config.plan.task.benchmarks]
-    found: dict[str, Any] | None = lm_eval.simple_evaluate(
-        model=model, tasks=list(names), task_manager=tasks, bootstrap_iters=0, log_samples=True
-    )
+    # Not simple_evaluate, which also describes the machine: with `pip list`, a second a checkpoint.
+    loaded = tasks.load(names)
+    found: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
     assert found is not None
     scores = []
     for name in names:

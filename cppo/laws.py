@@ -194,12 +194,14 @@ def micro_batches_add_up(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
 
 
 def empty_batches_are_harmless(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
-    """A batch without a trained token has loss 0, gradient 0 and empty metrics, never NaN."""
-    empty = spoiled(replace(tokens, mask=torch.zeros_like(tokens.mask)), torch.nan)
-    for mode in MODES:
-        loss, grad, metrics = result_of(rule, empty, mode)
-        require(loss == 0 and (grad == 0).all(), f"{mode}: loss or gradient is not 0")
-        require(all(value == (0.0, 0.0) for value in metrics.values()), f"{mode}: a metric counts something")
+    """A batch without a trained token, or without a row, has loss 0, gradient 0 and empty metrics, never NaN."""
+    untrained = spoiled(replace(tokens, mask=torch.zeros_like(tokens.mask)), torch.nan)
+    for empty in (untrained, rows(tokens, slice(0, 0))):
+        for mode in MODES:
+            loss, grad, metrics = result_of(rule, empty, mode)
+            where = f"{mode}, {len(empty.mask)} rows"
+            require(loss == 0 and (grad == 0).all(), f"{where}: loss or gradient is not 0")
+            require(all(value == (0.0, 0.0) for value in metrics.values()), f"{where}: a metric counts something")
 
 
 def empty_rows_change_nothing(rule: Objective, tokens: Tokens = EXAMPLE) -> None:

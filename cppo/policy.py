@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,8 +29,8 @@ from cppo.problems import SPECIAL, VOCABULARY
 from cppo.seeds import seed
 
 PAD, EOS, UNK = range(3)
-# Logits are made for so many vocabulary entries at a time, so that [B, T, V] never exists (64 MiB in float32).
-CHUNK_ELEMENTS = 2**24
+# So many logits are made at a time, so that [B, T, V] never exists: 128 MiB in float32, of which three are alive at once.
+CHUNK_ELEMENTS = 2**25
 
 
 def create_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,6 +94,8 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
     assert isinstance(model, PreTrainedModel)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
     return model
 
 
@@ -160,35 +162,12 @@ def statistics(
     The output head is applied to masked-in tokens only and in chunks that are recomputed in the backward pass, so the
     logits of the whole batch never exist at once (unless `full` asks for them).
     """
-    hidden = response_hidden(model, prompts, responses)[mask]  # [N, H]
-    sampled = responses[mask]
-    ids = topk_ids[mask].long() if topk_ids is not None else None
     head = model.get_output_embeddings()
-    rows = max(CHUNK_ELEMENTS // head.weight.shape[0], 1)
-
-    def part(hidden: Tensor, sampled: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
-        logp = torch.log_softmax(head(hidden).float() / temperature, -1)
-        found = [logp.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)]
-        with torch.no_grad():
-            found.append(-(logp.exp() * logp).sum(-1))
-            if ids is not None:
-                found += [ids, logp.gather(-1, ids)]
-            elif top_k:
-                values, own = logp.topk(top_k, -1)
-                found += [own, values]
-            if full:
-                found.append(logp.detach())
-        return tuple(found)
-
-    pieces = []
-    for start in range(0, max(len(hidden), 1), rows):
-        stop = start + rows
-        arguments = (hidden[start:stop], sampled[start:stop], ids[start:stop] if ids is not None else None)
-        if len(hidden) > rows and torch.is_grad_enabled():
-            pieces.append(checkpoint(part, *arguments, use_reentrant=False))
-        else:
-            pieces.append(part(*arguments))
-    columns = [torch.cat(c) for c in zip(*pieces, strict=True)]
+    assert head.bias is None  # `load_pretrained` refuses others
+    hidden = response_hidden(model, prompts, responses)[mask]  # [N, H]
+    ids = topk_ids[mask].long() if topk_ids is not None else None
+    given = (hidden, head.weight, responses[mask], temperature, ids, top_k, full)
+    columns = TokenStatistics.apply(*given)  # type: ignore[no-untyped-call]
 
     def scatter(values: Tensor) -> Tensor:
         out = values.new_zeros(*mask.shape, *values.shape[1:])
@@ -197,3 +176,79 @@ def statistics(
     logp, entropy, *rest = (scatter(c) for c in columns)
     found_ids, topk = (rest.pop(0), rest.pop(0)) if topk_ids is not None or top_k else (None, None)
     return Statistics(logp, entropy, found_ids, topk, rest.pop(0) if full else None)
+
+
+class TokenStatistics(torch.autograd.Function):
+    """Statistics of N tokens from hidden states and the output head's weight, in chunks, forward and backward.
+
+    `apply(hidden [N, H], weight [V, H], sampled [N], temperature, ids [N, K] or None, top_k, full)` gives log-probability
+    [N] (the only differentiable output) and entropy [N]; with `ids` or `top_k` also ids and log-probabilities [N, K]; with
+    `full` also [N, V]. Logits are float32 whatever the inputs are, under autocast too: rounded to bfloat16 they move a
+    log-probability by hundredths, and with it divergences as large as the rules' thresholds.
+
+    Not a `checkpoint` on every chunk: each would make a [V, H] gradient of its own, here one buffer takes them all. Not
+    Liger (0.8.5): its nearest kernel, fused_linear_scaled_cross_entropy, looks up the same ids at every token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        sampled: Tensor,
+        temperature: float,
+        ids: Tensor | None,
+        top_k: int,
+        full: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(hidden, weight, sampled)
+        ctx.temperature = temperature
+        head = weight.float()
+
+        def chunk(part: slice) -> list[Tensor]:
+            logp = _log_softmax(hidden[part], head, temperature)
+            found = [logp.gather(-1, sampled[part].unsqueeze(-1)).squeeze(-1), -logp.exp().mul_(logp).sum(-1)]
+            if ids is not None:
+                found += [ids[part], logp.gather(-1, ids[part])]
+            elif top_k:
+                values, own = logp.topk(top_k, -1)
+                found += [own, values]
+            return [*found, logp] if full else found
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            pieces = [chunk(part) for part in _chunks(hidden, weight)]
+        logp, *others = (torch.cat(column) for column in zip(*pieces, strict=True))
+        ctx.mark_non_differentiable(*others)
+        return logp, *others
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, sampled = ctx.saved_tensors
+        head = weight.float()
+        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
+
+        def chunk(part: slice) -> None:
+            logp = _log_softmax(hidden[part], head, ctx.temperature)
+            at_sampled = torch.zeros_like(logp).scatter_(-1, sampled[part].unsqueeze(-1), gradient[part].unsqueeze(-1))
+            # The operation behind autograd's derivative of log_softmax, so that a single chunk has its very bits.
+            to_logits = torch.ops.aten._log_softmax_backward_data(at_sampled, logp, -1, torch.float32)
+            to_logits.div_(ctx.temperature)
+            to_hidden[part] = to_logits @ head
+            to_head.addmm_(to_logits.T, hidden[part].float())
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(hidden, weight):
+                chunk(part)
+        return to_hidden, to_head.to(weight.dtype), None, None, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the N tokens; an empty one where there are none."""
+    rows = max(CHUNK_ELEMENTS // len(weight), 1)
+    return [slice(start, start + rows) for start in range(0, max(len(hidden), 1), rows)]
+
+
+def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """[n, V] float32."""
+    return torch.log_softmax(torch.nn.functional.linear(hidden.float(), head).div_(temperature), -1)

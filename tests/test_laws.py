@@ -196,7 +196,7 @@ for _name in BAD:
 EXPECTED: dict[str, set[str]] = {
     "bad_padded_mean": {PADDING, SINGLE},
     "bad_column": {HOLES},
-    "bad_batch_statistic": {SPLIT},
+    "bad_batch_statistic": {SPLIT, EMPTY},  # a batch without rows has no maximum
     "bad_first_row": {ORDER, SPLIT, EMPTY_ROWS, REINFORCE},
     "bad_division": {PADDING, ORDER, SPLIT, EMPTY_ROWS, HOLES, SINGLE, HALF, EXTREME, EQUAL, REINFORCE},
     "bad_half": {HALF},
@@ -229,9 +229,9 @@ def test_a_bad_rule_breaks_its_laws_and_no_other(name: str) -> None:
 
 
 def test_every_law_is_broken_by_some_rule() -> None:
-    """Two of them are kept for every rule by `Objective`, whatever the rule does; one has to break `Objective` itself."""
+    """One of them is kept for every rule by `Objective`, whatever the rule does; one has to break `Objective` itself."""
     by_rules = set().union(*(laws for name, laws in EXPECTED.items() if name != "bad_raises"))
-    assert set(LAWS) - by_rules == {NO_GRADIENT, EMPTY}
+    assert set(LAWS) - by_rules == {NO_GRADIENT}
 
 
 @dataclass(frozen=True)

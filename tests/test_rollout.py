@@ -95,25 +95,3 @@ def test_extreme_noise_never_picks_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u, expected in [(0.0, 1), (1 - 2**-24, 3)]:
         assert sample(logits, torch.tensor([u]), 1.0, 1.0)[0].item() == expected
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_chunks_of_the_output_head_change_neither_values_nor_gradients(
-    chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One token at a time, recomputed in the backward pass, equals the whole batch at once."""
-    policy = create_model(DENSE, "test")
-    rollouts = TorchEngine(policy).generate(prompt_ids(), uniforms(5, 12, "test"), 1.0, record=Record(top_k=2))
-
-    def run(elements: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", elements)
-        now = statistics(policy, rollouts.prompts, rollouts.responses, rollouts.mask, 1.0, topk_ids=rollouts.topk_ids)
-        grads = torch.autograd.grad(
-            (now.logp * torch.arange(now.logp.numel()).view_as(now.logp)).sum(), policy.parameters()
-        )
-        return torch.cat([now.logp.flatten(), now.entropy.flatten()]), list(grads)
-
-    values, grads = run(2**24)
-    chunked_values, chunked_grads = run(chunk * policy.config.vocab_size)
-    assert torch.allclose(values, chunked_values, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(grads, chunked_grads, strict=True))

@@ -147,7 +147,7 @@ def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
     weighted = weight * divergence
     if cfg.delta_b is None:
         delta_b = torch.full_like(divergence[:, 0], torch.inf)
-    elif cfg.adaptive:
+    elif cfg.adaptive and len(mask):  # nanquantile refuses a batch without rows
         valid = torch.where(mask, divergence, torch.nan)
         delta_b = valid.nanquantile(cfg.quantile, dim=-1).nan_to_num(nan=cfg.delta_b)
         delta_b = delta_b.clamp(cfg.delta_b, cfg.clamp_factor * cfg.delta_b)
