@@ -1,5 +1,6 @@
 """Collecting, checking and publishing tables, on run directories made by hand."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import yaml
 from cppo.__main__ import main
 from cppo.config import BaseConfig, RunConfig, Suite, load_suite
 from cppo.provenance import PACKAGES
-from cppo.tables import TABLES, check, collect, publish
+from cppo.tables import SUMS, TABLES, check, collect, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ["run", "label", "setting", "seed"]
@@ -211,7 +212,9 @@ def test_publish_copies(tables: Path, tmp_path: Path) -> None:
     (target / "figures").mkdir()
     publish(tables, target)
     copied = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+    sums = copied.pop(SUMS).decode().splitlines()
     assert copied == {path.name: path.read_bytes() for path in tables.iterdir()}
+    assert sums == [f"{hashlib.sha256(copied[name]).hexdigest()}  {name}" for name in sorted(copied)]
     assert (target / "figures").is_dir()
     check(target)
 
@@ -227,7 +230,7 @@ def test_publish_on_the_command_line(
     assert main(arguments) == 2 and not results.exists()
     assert capsys.readouterr().err.startswith(f"cppo: error: {root / 'tiny' / 'tokens.parquet'}: missing")
     (root / "away").rename(root / "tiny" / "tokens.parquet")
-    assert main(arguments) == 0 and len(list((results / "tiny").iterdir())) == 12
+    assert main(arguments) == 0 and len(list((results / "tiny").iterdir())) == 13
 
 
 @pytest.mark.parametrize(
