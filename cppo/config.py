@@ -13,7 +13,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
@@ -435,6 +435,9 @@ class RunConfig(Config):
 class BaseConfig(Config):
     """What determines a base model and its score."""
 
+    label: ClassVar[str] = "base"
+    seed: ClassVar[int] = 0
+    """What tables hold for it in the columns of a run."""
     setting: Name
     """The setting's name; an axis of the seeds."""
     plan: Setting

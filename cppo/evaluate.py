@@ -134,9 +134,7 @@ def _step(path: Path) -> int:
 
 
 def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: TaskManager) -> list[Score]:
-    seed = config.seed if isinstance(config, RunConfig) else 0
-    label = config.label if isinstance(config, RunConfig) else "base"
-    model = CheckpointLM(str(checkpoint), config.setting, seed)
+    model = CheckpointLM(str(checkpoint), config.setting, config.seed)
     names = [benchmark.name for benchmark in config.plan.task.benchmarks]
     # Not simple_evaluate, which also describes the machine: with `pip list`, a second a checkpoint.
     loaded = tasks.load(names)
@@ -151,9 +149,9 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
             scores.append(
                 Score(
                     run=config.id,
-                    label=label,
+                    label=config.label,
                     setting=config.setting,
-                    seed=seed,
+                    seed=config.seed,
                     step=step,
                     benchmark=name,
                     problem=sample["doc"]["id"],

@@ -98,27 +98,28 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: missing or not JSON lines; delete {path.parent} and run it again") from None
 
 
+def _key(config: RunConfig | BaseConfig) -> dict[str, Any]:
+    return {"run": config.id, "label": config.label, "setting": config.setting, "seed": config.seed}
+
+
 def _keyed(config: RunConfig, rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-    key = {"run": config.id, "label": config.label, "setting": config.setting, "seed": config.seed}
-    return pd.DataFrame([key | row for row in rows], columns=KEY + columns)
+    return pd.DataFrame([_key(config) | row for row in rows], columns=KEY + columns)
 
 
 def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
     done = _json(folder / "DONE")
-    row: dict[str, Any] = {"run": config.id, "setting": config.setting, "status": done["status"]}
+    row: dict[str, Any] = _key(config) | {"status": done["status"]}
     if isinstance(config, RunConfig):
         timings = pd.DataFrame(_jsonl(folder / "timings.jsonl"))
         row |= {
-            "label": config.label,
             "objective": config.objective.objective,
-            "seed": config.seed,
             "iterations": done["iterations"],
             "seconds": round(timings["total"].sum(), 1),
             "rollout_tokens_per_second": round(timings["tokens"].sum() / timings["rollout"].sum()),
             "update_tokens_per_second": round(timings["tokens"].sum() / timings["update"].sum()),
         }
     else:
-        row |= {"label": "base", "objective": "warm start", "seed": 0, "iterations": done["steps"]}
+        row |= {"objective": "warm start", "iterations": done["steps"]}
     provenance = _json(folder / "provenance.json")
     columns = dict.fromkeys([*COLUMNS["runs"], *provenance])
     return pd.DataFrame([row | provenance], columns=list(columns))
