@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from math import ceil
 from pathlib import Path
 
 from cppo.config import find_base, find_run, load_suite
@@ -51,6 +52,17 @@ def loaded():
     if not hasattr(loaded, "suite"):
         loaded.suite = load_suite(SUITE_FILE, tuple(BASELINES))
     return loaded.suite
+
+
+def asked(w):
+    """What the suite asks a cluster for, for the setting of a job."""
+    setting = w.setting if hasattr(w, "setting") else find_run(loaded(), w.run).setting
+    return loaded().asked(setting)
+
+
+def share(w):
+    """Of that, the share of one GPU."""
+    return asked(w).share
 
 
 def table_folders():

@@ -1,5 +1,8 @@
 # Training. A run directory is declared through its DONE file: snakemake deletes a failed job's declared outputs, and the
 # checkpoints that the next attempt continues from must survive.
+#
+# Slurm sends SIGTERM to every process of a job. Only the trainer may act on it (it saves and ends): without the trap the
+# shell would end at once, the job with it, and the trainer would be killed while it saves.
 
 
 rule train:
@@ -18,5 +21,17 @@ rule train:
         ENVIRONMENT
     params:
         baseline="",
+    # A next attempt continues this one, so it needs no more time, and a node has no more memory. tasks_per_gpu=0: one task
+    # a node starts the processes for all its GPUs.
+    resources:
+        gpu=lambda w: asked(w).nodes * asked(w).gpus or None,
+        nodes=lambda w: asked(w).nodes,
+        tasks_per_gpu=0,
+        cpus_per_task=lambda w: asked(w).cpus,
+        mem_mb=lambda w: ceil(1000 * asked(w).memory_gb),
+        runtime=lambda w: ceil(60 * asked(w).hours),
+        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}",
+    # One process; several on a node are started here, by the number in resources.gpu.
     shell:
-        "python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline} 2> >(tee {log} >&2)"
+        "trap '' TERM; python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
+        " 2> >(tee {log} >&2)"
