@@ -6,7 +6,7 @@
 #   PATH=DIR/bin:$PATH snakemake --cores all --profile slurm ...
 #   tests/slurm/onenode.sh stop DIR          cancel all jobs, end the daemons
 #
-# SLURM_TEST_CPUS: what the node says it has (default: the machine's cores).
+# The node says that it has 64 GB and SLURM_TEST_CPUS cores (default: the machine's); nothing holds jobs to what they asked.
 set -euo pipefail
 
 [ $# = 2 ] || { sed -n '2,9s/^# \?//p' "$0"; exit 2; }
@@ -37,9 +37,8 @@ wrap() { # Commands that find their libraries and their cluster in any environme
 }
 
 configure() {
-  local host ports memory
+  local host ports
   host=$(hostname -s)
-  memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
   read -ra ports < <(python3 -c 'import socket; s = [socket.create_server(("127.0.0.1", 0)) for _ in "12"]
 print(*(x.getsockname()[1] for x in s))')
   mkdir -p "$D"/{state,spool,log}
@@ -75,9 +74,9 @@ JobCompType=jobcomp/filetxt
 JobCompLoc=$D/log/jobs.log
 ReturnToService=2
 KillWait=20
-MinJobAge=300
+MinJobAge=7200
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=${SLURM_TEST_CPUS:-$(nproc)} RealMemory=$memory Gres=gpu:fake:2 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=${SLURM_TEST_CPUS:-$(nproc)} RealMemory=64000 Gres=gpu:fake:2 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=1-00:00:00 State=UP
 END
 }

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from functools import cache
 from math import ceil
 from pathlib import Path
 
@@ -54,10 +55,15 @@ def loaded():
     return loaded.suite
 
 
+@cache
+def run_of(run):
+    """The suite's run with this id; rules ask for it many times."""
+    return find_run(loaded(), run)
+
+
 def asked(w):
     """What the suite asks a cluster for, for the setting of a job."""
-    setting = w.setting if hasattr(w, "setting") else find_run(loaded(), w.run).setting
-    return loaded().asked(setting)
+    return loaded().asked(w.setting if hasattr(w, "setting") else run_of(w.run).setting)
 
 
 def share(w):

@@ -7,8 +7,8 @@
 
 rule train:
     input:
-        base=lambda w: f"runs/{find_run(loaded(), w.run).base.folder}/DONE",
-        data=lambda w: f"runs/{find_run(loaded(), w.run).base.data}/train.jsonl",
+        base=lambda w: f"runs/{run_of(w.run).base.folder}/DONE",
+        data=lambda w: f"runs/{run_of(w.run).base.data}/train.jsonl",
     output:
         "runs/train/{label}/{run}/DONE",
     log:
@@ -19,18 +19,22 @@ rule train:
         label="|".join(entry.name for entry in load_suite(SUITE_FILE).objectives),
     conda:
         ENVIRONMENT
-    params:
-        baseline="",
-    # A next attempt continues this one, so it needs no more time, and a node has no more memory. tasks_per_gpu=0: one task
-    # a node starts the processes for all its GPUs.
+    # A next attempt continues this one, so it needs no more time, and a node has no more memory. One task a node
+    # (tasks_per_gpu=0) starts the processes for all its GPUs. With `mpi` the job's shell runs on the first of several nodes
+    # and reaches the others by srun. SIGTERM comes before the time limit: enough for the iteration in progress.
     resources:
         gpu=lambda w: asked(w).nodes * asked(w).gpus or None,
         nodes=lambda w: asked(w).nodes,
+        tasks=lambda w: asked(w).nodes,
         tasks_per_gpu=0,
+        mpi=lambda w: "srun" if asked(w).nodes > 1 else None,
         cpus_per_task=lambda w: asked(w).cpus,
         mem_mb=lambda w: ceil(1000 * asked(w).memory_gb),
         runtime=lambda w: ceil(60 * asked(w).hours),
-        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}",
+        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}"
+        + (f" --gpus-per-node={asked(w).gpus}" if asked(w).nodes > 1 else ""),
+    params:
+        baseline="",
     # One process; several on a node are started here, by the number in resources.gpu.
     shell:
         "trap '' TERM; python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
