@@ -76,7 +76,7 @@ ReturnToService=2
 KillWait=20
 MinJobAge=7200
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=${SLURM_TEST_CPUS:-$(nproc)} RealMemory=64000 Gres=gpu:fake:2 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=${SLURM_TEST_CPUS:-$(getconf _NPROCESSORS_ONLN)} RealMemory=64000 Gres=gpu:fake:2 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=1-00:00:00 State=UP
 END
 }

@@ -5,6 +5,7 @@ Needs Debian's apt-get, for Slurm itself; no root. Not part of `make test`: `mak
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ class Cluster:
                     watch()
                     time.sleep(1)
             finally:
-                process.terminate()  # when a test failed; snakemake cancels its jobs
+                process.send_signal(signal.SIGINT)  # where a test failed: snakemake cancels its jobs
                 process.wait()
         return process.returncode, output.read_text()
 
