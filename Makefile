@@ -7,7 +7,7 @@ VERL := .venv-verl
 SNAKEMAKE := $(BIN)/snakemake --cores all --rerun-incomplete
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce install test check mutation faults smoke figures report bench venv-verl test-verl nightly lock clean
+.PHONY: help reproduce install test check mutation faults smoke figures report bench venv-verl test-verl test-slurm nightly lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,7 +67,10 @@ venv-verl: $(VERL)/.installed  ## verl 0.9.1 on a CPU, in an environment of its 
 test-verl: $(VERL)/.installed  ## our objectives inside the real verl
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py -n 0
 
-nightly: check test mutation faults test-verl  ## all of CI but the smoke suite, and what needs its own environment
+test-slurm: $(INSTALLED)  ## the smoke suite and interrupted jobs through a real one-node Slurm (Debian; no root)
+	$(BIN)/python -m pytest tests/slurm -n 0
+
+nightly: check test mutation faults test-verl test-slurm  ## all of CI but the smoke suite, and what needs its own environment
 
 lock: $(INSTALLED)  ## regenerate constraints/main.txt and environment.yml
 	$(BIN)/python constraints/lock.py

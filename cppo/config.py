@@ -270,6 +270,18 @@ class Resources(Config):
     evaluate_hours: Positive = 1.0
     """Time limit of an evaluation job, which takes one GPU where `gpus` is not 0."""
 
+    @property
+    def share(self) -> "Resources":
+        """What goes with one GPU of a node, for jobs that cannot use more; the same where there is none."""
+        parts = max(self.gpus, 1)
+        update = {
+            "nodes": 1,
+            "gpus": min(self.gpus, 1),
+            "cpus": max(self.cpus // parts, 1),
+            "memory_gb": self.memory_gb / parts,
+        }
+        return self.model_copy(update=update)
+
 
 def _kind_of_model(raw: Any) -> str:
     return "published" if isinstance(raw, Pretrained) or (isinstance(raw, dict) and "name" in raw) else "created"
@@ -519,6 +531,10 @@ class Suite(Config):
             for entry in self.objectives
             for seed in self.seeds
         )
+
+    def asked(self, setting: str) -> Resources:
+        """What the jobs of a setting ask a cluster for."""
+        return self.resources.get(setting, Resources())
 
     def bases(self) -> tuple[BaseConfig, ...]:
         """The base models, one a setting."""

@@ -6,11 +6,14 @@ Not imported by the package: it is run as `python -m cppo.verify_worker [memory 
 import json
 import logging
 import resource
+import signal
 import sys
 
 
 def main() -> None:
     """Judge until standard input ends."""
+    # SIGTERM reaches every process of a cluster's job; the parent finishes its iteration first and needs verdicts for it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from math_verify import LatexExtractionConfig, parse, verify
 
     # The parent's wall-clock deadline is the only one: math-verify's own uses signals and takes at least a second.

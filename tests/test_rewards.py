@@ -238,6 +238,16 @@ def test_a_worker_killed_between_verdicts() -> None:
         assert judge.killed == 1
 
 
+def test_a_worker_that_a_cluster_tells_to_end_goes_on() -> None:
+    """SIGTERM reaches every process of a Slurm job, and the trainer finishes its iteration first."""
+    with Judge(deadline=30) as judge:
+        assert judge.verdict(boxed("14/2"), "7") == 1.0
+        worker = worker_of(judge)
+        os.kill(worker, signal.SIGTERM)
+        assert judge.verdict(boxed("21/3"), "7") == 1.0
+        assert judge.killed == 0 and worker_of(judge) == worker
+
+
 def test_a_worker_killed_while_it_thinks() -> None:
     """Noticed at once, not at the deadline."""
     with Judge(deadline=30) as judge:

@@ -1,6 +1,7 @@
 """The workflow on a copy of the checkout: what is planned, what runs, what is left alone, and both ways to a baseline."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from tiny import ROOT
+from tiny import ROOT, copy_checkout
+
+from cppo.config import load_suite
 
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "suite=micro"]
 RULE = '''
@@ -48,12 +51,7 @@ use rule train as train_halt with:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tracked tree with a suite of two runs, carried as far as its tables."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("Snakefile", "environment.yml", "workflow", "config", "cppo", "paper_figures", "results"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copy_checkout(folder)
     suite = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
     suite["seeds"] = [0]
     suite["objectives"] = [o for o in suite["objectives"] if o["name"] in ("grpo", "cppo")]
@@ -139,6 +137,41 @@ def test_a_bad_suite_stops_before_any_job(checkout: Path) -> None:
     done = snakemake(checkout, "-n", "--config", "suite=bad")
     assert done.returncode != 0
     assert "config/bad.yaml: settings.tiny.rollout: minibatch 3 does not divide prompts 8" in done.stdout
+
+
+def test_the_slurm_profile_plans_what_the_suite_asks_for(checkout: Path) -> None:
+    """Without any Slurm: resources of each rule in the job list, the suite's own where it names the setting."""
+    suite = yaml.safe_load((checkout / "config" / "micro.yaml").read_text())
+    tiny = {"gpus": 2, "nodes": 1, "cpus": 8, "memory_gb": 10.5, "hours": 1.5, "evaluate_hours": 0.5}
+    suite |= {"settings": {name: suite["settings"]["tiny"] for name in ("tiny", "other")}, "resources": {"tiny": tiny}}
+    (checkout / "config" / "asking.yaml").write_text(yaml.safe_dump(suite))
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "all", "--profile", "slurm", "--forceall"]
+    command += ["--config", "suite=asking"]
+    done = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    runs = {run.id: run.setting for run in load_suite(checkout / "config" / "asking.yaml").runs()}
+    planned: dict[str, set[str]] = {}
+    for block in done.stdout.split("\n\n"):
+        found = re.search(
+            r"^rule (data|base|train|evaluate):.*wildcards: (.*?)\n\s*resources: (.*?)$", block, re.M | re.S
+        )
+        if found:
+            rule, wildcards, resources = found.groups()
+            w = dict(pair.split("=") for pair in wildcards.split(", "))
+            asked = dict(pair.split("=", 1) for pair in resources.split(", "))
+            keys = ("gpu", "nodes", "cpus_per_task", "mem_mb", "runtime", "slurm_extra")
+            text = " ".join(asked.get(key, "-").removeprefix("--signal=") for key in keys)
+            planned.setdefault(f"{rule} {w.get('setting') or runs[w['run']]}", set()).add(text)
+    assert planned == {
+        "data tiny": {"- - 1 4000 60 -"},
+        "data other": {"- - 1 4000 60 -"},
+        "base tiny": {"- - 4 5250 90 -"},
+        "base other": {"- - 1 4000 60 -"},
+        "train tiny": {"2 1 8 10500 90 TERM@540"},
+        "train other": {"- 1 1 4000 60 TERM@360"},
+        "evaluate tiny": {"1 - 4 5250 30 -"},
+        "evaluate other": {"- - 1 4000 60 -"},
+    }
 
 
 @pytest.mark.parametrize("suite", sorted(p.stem for p in (ROOT / "config").glob("*.yaml")))

@@ -1,5 +1,6 @@
 """Small models and configurations that several test files share."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ MOE = Model(
     experts=4,
     experts_per_token=2,
 )
+
+
+def copy_checkout(folder: Path) -> None:
+    """What the workflow needs of the checkout, copied to `folder`."""
+    for name in ("Snakefile", "environment.yml", "workflow", "config", "slurm", "cppo", "paper_figures", "results"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
 
 
 def smoke(folder: Path, **changes: Any) -> Suite:

@@ -3,6 +3,8 @@
 import json
 import shlex
 import sys
+from functools import cache
+from math import ceil
 from pathlib import Path
 
 from cppo.config import find_base, find_run, load_suite
@@ -51,6 +53,22 @@ def loaded():
     if not hasattr(loaded, "suite"):
         loaded.suite = load_suite(SUITE_FILE, tuple(BASELINES))
     return loaded.suite
+
+
+@cache
+def run_of(run):
+    """The suite's run with this id; rules ask for it many times."""
+    return find_run(loaded(), run)
+
+
+def asked(w):
+    """What the suite asks a cluster for, for the setting of a job."""
+    return loaded().asked(w.setting if hasattr(w, "setting") else run_of(w.run).setting)
+
+
+def share(w):
+    """Of that, the share of one GPU."""
+    return asked(w).share
 
 
 def table_folders():

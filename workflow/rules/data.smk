@@ -10,6 +10,10 @@ rule data:
         "runs/benchmarks/data/{setting}-{data}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        cpus_per_task=1,
+        mem_mb=lambda w, attempt: 4000 * attempt,
+        runtime=lambda w, attempt: 60 * attempt,
     shell:
         "python -m cppo data --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"
 
@@ -25,5 +29,9 @@ rule base:
         "runs/benchmarks/base/{setting}-{base}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        cpus_per_task=lambda w: share(w).cpus,
+        mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
+        runtime=lambda w, attempt: ceil(60 * share(w).hours) * attempt,
     shell:
         "python -m cppo base --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"

@@ -12,6 +12,11 @@ rule evaluate:
         "runs/benchmarks/evaluate/{label}-{run}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        gpu=lambda w: share(w).gpus or None,
+        cpus_per_task=lambda w: share(w).cpus,
+        mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
+        runtime=lambda w, attempt: ceil(60 * share(w).evaluate_hours) * attempt,
     shell:
         "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"
 
@@ -27,5 +32,10 @@ rule evaluate_base:
         "runs/benchmarks/evaluate/base-{setting}-{base}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        gpu=lambda w: share(w).gpus or None,
+        cpus_per_task=lambda w: share(w).cpus,
+        mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
+        runtime=lambda w, attempt: ceil(60 * share(w).evaluate_hours) * attempt,
     shell:
         "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"

@@ -1,11 +1,14 @@
 # Training. A run directory is declared through its DONE file: snakemake deletes a failed job's declared outputs, and the
 # checkpoints that the next attempt continues from must survive.
+#
+# Slurm sends SIGTERM to every process of a job. Only the trainer may act on it (it saves and ends): without the trap the
+# shell would end at once, the job with it, and the trainer would be killed while it saves.
 
 
 rule train:
     input:
-        base=lambda w: f"runs/{find_run(loaded(), w.run).base.folder}/DONE",
-        data=lambda w: f"runs/{find_run(loaded(), w.run).base.data}/train.jsonl",
+        base=lambda w: f"runs/{run_of(w.run).base.folder}/DONE",
+        data=lambda w: f"runs/{run_of(w.run).base.data}/train.jsonl",
     output:
         "runs/train/{label}/{run}/DONE",
     log:
@@ -16,7 +19,23 @@ rule train:
         label="|".join(entry.name for entry in load_suite(SUITE_FILE).objectives),
     conda:
         ENVIRONMENT
+    # A next attempt continues this one, so it needs no more time, and a node has no more memory. One task a node
+    # (tasks_per_gpu=0) starts the processes for all its GPUs. With `mpi` the job's shell runs on the first of several nodes
+    # and reaches the others by srun. SIGTERM comes before the time limit: enough for the iteration in progress.
+    resources:
+        gpu=lambda w: asked(w).nodes * asked(w).gpus or None,
+        nodes=lambda w: asked(w).nodes,
+        tasks=lambda w: asked(w).nodes,
+        tasks_per_gpu=0,
+        mpi=lambda w: "srun" if asked(w).nodes > 1 else None,
+        cpus_per_task=lambda w: asked(w).cpus,
+        mem_mb=lambda w: ceil(1000 * asked(w).memory_gb),
+        runtime=lambda w: ceil(60 * asked(w).hours),
+        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}"
+        + (f" --gpus-per-node={asked(w).gpus}" if asked(w).nodes > 1 else ""),
     params:
         baseline="",
+    # One process; several on a node are started here, by the number in resources.gpu.
     shell:
-        "python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline} 2> >(tee {log} >&2)"
+        "trap '' TERM; python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
+        " 2> >(tee {log} >&2)"
