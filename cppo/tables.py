@@ -118,7 +118,12 @@ def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
             "update_tokens_per_second": round(timings["tokens"].sum() / timings["update"].sum()),
         }
     else:
-        row |= {"label": "base", "objective": "warm start", "seed": 0, "iterations": done["steps"]}
+        row |= {
+            "label": "base",
+            "objective": "warm start" if config.plan.warm_start else "published",
+            "seed": 0,
+            "iterations": done["steps"],
+        }
     provenance = _json(folder / "provenance.json")
     columns = dict.fromkeys([*COLUMNS["runs"], *provenance])
     return pd.DataFrame([row | provenance], columns=list(columns))
