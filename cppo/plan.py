@@ -148,8 +148,8 @@ def _setting(suite: Suite, setting: str, count: int) -> list[str]:
     if resources.gpus:
         gpus = resources.gpus * resources.nodes
         lines += [
-            f"  time      {found.train_hours:,.0f} GPU hours of training a run, {found.train_hours / gpus:,.1f} h on "
-            f"{resources.nodes} x {resources.gpus} GPUs; {found.evaluate_hours:,.0f} of scores",
+            f"  time      {found.train_hours:,.1f} GPU hours of training a run, {found.train_hours / gpus:,.1f} h on "
+            f"{resources.nodes} x {resources.gpus} GPUs; {found.evaluate_hours:,.1f} of scores",
             f"  in all    {count * (found.train_hours + found.evaluate_hours):,.0f} GPU hours",
         ]
     lines += [
