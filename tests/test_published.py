@@ -1,5 +1,6 @@
 """Published checkpoints on mathematics in words: data, base, train and evaluate by the command line, and what is refused."""
 
+import importlib
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from catalog import available, files
 from lm_eval.tasks import TaskManager
 from mathematics import (
     INSTRUCTION,
@@ -273,3 +275,13 @@ def test_a_training_problem_of_a_benchmark_is_not_trained_on(raw: dict[str, Any]
     report = json.loads((tmp_path / config.data / "report.json").read_text())
     assert report["train"]["overlap"]["aime24"] == {"exact": 0, "normalised": 1}
     assert [p.question for p in read_problems(tmp_path / config.data / "train.jsonl")] == QUESTIONS
+
+
+def test_tables_and_figures_can_be_drawn(trained: tuple[Suite, Path], tmp_path: Path) -> None:
+    """Every item that the workflow would draw of such a suite, from the tables of a real run of it."""
+    suite, root = trained
+    items = available(suite.model_dump(mode="json"))
+    assert {"table1", "table3", "table4", "figure2", "figure3", "figure4", "figure7", "figure8"} <= set(items)
+    for item in items:
+        assert importlib.import_module(item).main([str(root / "suite"), "--out", str(tmp_path)]) == 0
+        assert all((tmp_path / file).stat().st_size for file in files(suite.model_dump(mode="json"), item))
