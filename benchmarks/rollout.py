@@ -63,7 +63,7 @@ def main() -> None:
         for name, values in rates.items()
     ]
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, Path(folder) / "base")
+        save_pretrained(model, Path(folder) / "base", tokenizer)
         short = run.model_copy(update={"plan": run.plan.model_copy(update={"iterations": 10})})
         started = time.perf_counter()
         train(short, Path(folder) / "base", problems, Path(folder) / "run")

@@ -1,7 +1,7 @@
 """The command line: what every workflow rule calls, usable without Snakemake.
 
     python -m cppo data      --suite config/mini.yaml --setting base     problems and lm-eval tasks
-    python -m cppo base      --suite config/mini.yaml --setting base     the warm start
+    python -m cppo base      --suite config/mini.yaml --setting base     the warm start, or a published checkpoint
     python -m cppo runs      --suite config/mini.yaml                    run ids
     python -m cppo train     --suite config/mini.yaml --run ID           a run, or the rest of it
     python -m cppo evaluate  runs/train/cppo/ID                          scores of a run's or a base model's checkpoints
@@ -10,6 +10,7 @@
     python -m cppo show      ID                                          what a run's numbers come from
     python -m cppo verify    results/mini                                do the tables follow from their rows?
     python -m cppo check-suite config/mini.yaml                          is it valid?
+    python -m cppo plan      config/paper.yaml                           what does it cost?
     python -m cppo objectives                                            every objective with its settings
     python -m cppo check     my_module:my_objective                      does it keep the laws of every objective?
     python -m cppo settings                                              every key of a suite
@@ -19,11 +20,13 @@ A user's mistake is one line on standard error and exit code 2.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from cppo.config import RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
+from cppo.config import MathTask, RunConfig, Suite, find_base, find_run, load_suite, read_config
+from cppo.files import write_whole
 from cppo.interrupts import TRY_AGAIN, Interrupted
 from cppo.lock import locked
 
@@ -32,20 +35,27 @@ from cppo.lock import locked
 
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
+    from cppo.datasets import load_problems
     from cppo.lm_task import write_task
     from cppo.problems import make_problems, write_problems
+    from cppo.prompts import wording
 
     base = find_base(_suite(args), args.setting)
-    folder = Path(args.root) / base.data
-    assert isinstance(base.plan.task, Task)
-    for name, problems in make_problems(base.plan.task, base.setting).items():
+    folder, task, how = Path(args.root) / base.data, base.plan.task, base.evaluation
+    if isinstance(task, MathTask):
+        sets, report = load_problems(task)
+        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report, indent=1))
+    else:
+        sets = make_problems(task, base.setting)
+    for name, problems in sets.items():
         write_problems(problems, folder / f"{name}.jsonl")
-    how = base.evaluation
-    for benchmark in base.plan.task.benchmarks:
+    for benchmark in task.benchmarks:
         write_task(
             folder / "lm_eval",
             benchmark.name,
             folder / f"{benchmark.name}.jsonl",
+            wording(task, "{{question}}"),
             how.samples,
             how.temperature,
             how.top_p,
@@ -55,19 +65,22 @@ def data(args: argparse.Namespace) -> None:
 
 def base(args: argparse.Namespace) -> None:
     """Make the base model of a setting."""
-    from cppo.base import warm_start
+    from cppo.base import published, warm_start
     from cppo.problems import read_problems
 
     config = find_base(_suite(args), args.setting)
     problems = read_problems(Path(args.root) / config.data / "train.jsonl")
     folder = Path(args.root) / config.folder
+    make = warm_start if config.plan.warm_start else published
     with locked(folder):
-        warm_start(config, problems, folder)
+        make(config, problems, folder)
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
+    from cppo.policy import load_tokenizer
     from cppo.problems import read_problems
+    from cppo.prompts import short_enough
     from cppo.train import train as train_run
 
     run, root = find_run(_suite(args), args.run), Path(args.root)
@@ -75,6 +88,7 @@ def train(args: argparse.Namespace) -> None:
     if not start.is_dir():
         raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
     problems = read_problems(root / run.base.data / "train.jsonl")
+    problems = short_enough(run.plan.task, load_tokenizer(start), problems)
     with locked(root / run.folder):
         train_run(run, start, problems, root / run.folder)
 
@@ -130,6 +144,13 @@ def check_suite(args: argparse.Namespace) -> None:
     """Check a suite's file."""
     suite = _suite(args)
     print(f"{args.suite}: {len(suite.runs())} runs, {len(suite.bases())} base models")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Estimate what a suite costs: jobs, tokens, GPU hours, disk."""
+    from cppo.plan import report
+
+    print(report(_suite(args), Path(args.suite).stem, Path(args.results)), end="")
 
 
 def objectives(args: argparse.Namespace) -> None:
@@ -203,6 +224,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--results", default="results", help="where published tables are kept")
     add(verify).add_argument("folder", help="the published tables, such as results/mini")
     add(check_suite).add_argument("suite", help="the suite's YAML file")
+    command = add(plan)
+    command.add_argument("suite", help="the suite's YAML file")
+    command.add_argument("--results", default="results", help="where published tables are kept")
     command = add(objectives)
     command.add_argument("--markdown", action="store_true", help="as docs/objectives.md, with divergences and laws")
     command = add(check)
@@ -215,6 +239,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 = done, 1 = a check failed, 2 = a user's mistake, 75 = stopped by SIGTERM with its state saved."""
     args = parser().parse_args(argv)
+    if args.function not in (data, base):  # only these two may fetch anything from the hub
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
         code: int | None = args.function(args)
     except ValueError as error:

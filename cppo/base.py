@@ -1,8 +1,10 @@
-"""The warm start: supervised training that makes a setting's base model, stopping on sampled accuracy.
+"""A setting's base model, one for all its runs: a published checkpoint, or the outcome of a warm start.
 
-One a setting, shared by all its runs; the demonstrations are noisy on purpose (see `cppo.problems`).
+The warm start is supervised training that stops on sampled accuracy; its demonstrations are noisy on purpose (see
+`cppo.problems`). A published checkpoint is linked, not copied.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -11,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo.config import BaseConfig, Model, Task
-from cppo.files import whole_folder, write_whole
-from cppo.policy import EOS, create_model, create_tokenizer, save_pretrained, statistics
+from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
+from cppo.files import read_json, whole_folder, write_whole, writing
+from cppo.hub import fetch
+from cppo.policy import EOS, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem, demonstrations
+from cppo.prompts import short_enough
 from cppo.provenance import provenance
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
@@ -24,6 +28,8 @@ from cppo.seeds import uniforms
 
 CHECK_RESPONSES = 256
 """Responses sampled in one measurement of the accuracy."""
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""What is fetched of a published checkpoint: configuration, weights, tokenizer; no code and no pickles."""
 
 
 def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) -> None:
@@ -59,11 +65,83 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) 
             f"{plan.max_steps} is below target_accuracy {plan.target_accuracy}; raise max_steps or lower the target"
         )
     with whole_folder(folder / "checkpoints" / "step-0") as checkpoint:
-        save_pretrained(model, checkpoint)
+        save_pretrained(model, checkpoint, tokenizer)
+    write_whole(folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    _finish(config, folder, {"steps": step})
+
+
+def _finish(config: BaseConfig, folder: Path, done: dict[str, int]) -> None:
     write_whole(folder / "config.json", config.model_dump_json(indent=1))
     write_whole(folder / "provenance.json", json.dumps(provenance(), indent=1))
-    write_whole(folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-    write_whole(folder / "DONE", json.dumps({"status": "finished", "steps": step}) + "\n")
+    write_whole(folder / "DONE", json.dumps({"status": "finished", **done}) + "\n")
+
+
+def published(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) -> None:
+    """Fetch or find the published checkpoint, check it, and link `folder`/checkpoints/step-0 to it.
+
+    Beside config and provenance, source.json says what was linked, and DONE how many training problems are short enough.
+    Raises ValueError, one line, when it cannot be had or could not be trained on the task.
+    """
+    model, task = config.plan.model, config.plan.task
+    assert isinstance(model, Pretrained) and isinstance(task, MathTask)
+    if model.revision is None:
+        found = Path(model.name).resolve()
+        sums = {
+            path.name: _sha256(path) for path in sorted(found.glob("*")) if path.suffix in (".json", ".safetensors")
+        }
+        source: dict[str, object] = {"sha256": sums}
+    else:
+        remedy = "with a copy at hand, name its folder as model: {name: /path/to/it}"
+        found = fetch(model.name, "model", model.revision, FILES, remedy)
+        source = {"name": model.name, "revision": model.revision}
+    longest = task.max_prompt_tokens + config.plan.rollout.max_response_tokens
+    tokenizer = check_checkpoint(found, task, longest)
+    kept = short_enough(task, tokenizer, problems)
+    link = folder / "checkpoints" / "step-0"
+    with writing(link):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(found, target_is_directory=True)
+    write_whole(folder / "source.json", json.dumps(source, indent=1))
+    _finish(config, folder, {"steps": 0, "problems": len(kept), "too_long": len(problems) - len(kept)})
+
+
+def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint that can be trained on `task` with sequences of `longest` tokens.
+
+    Raises ValueError, one line naming the folder, unless it is a whole causal language model in safetensors whose
+    tokenizer has an end token and, where the task asks for one, a chat template.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no fast tokenizer"])[0]
+        raise ValueError(f"{folder}: not a checkpoint that transformers can load: {reason}") from None
+    index = folder / "model.safetensors.index.json"
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]} is missing; a checkpoint must hold all its weights as safetensors")
+    if not any(name.endswith("ForCausalLM") for name in config.architectures or ()):
+        raise ValueError(f"{folder}: config.json: architectures {config.architectures} is no causal language model")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end token (eos_token), so no response would ever end")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    if task.prompt == "chat" and tokenizer.chat_template is None:
+        raise ValueError(f"{folder}: the tokenizer has no chat template; take task.prompt: base")
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"{folder}: max_prompt_tokens + max_response_tokens are {longest}, the model's longest sequence is "
+            f"{config.max_position_embeddings}"
+        )
+    return tokenizer
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _learning_rate(step: int, peak: float, warmup: int, total: int) -> float:

@@ -17,6 +17,7 @@ from cppo.diagnostics import Stopwatch
 from cppo.loss import Metrics
 from cppo.policy import statistics
 from cppo.problems import Problem
+from cppo.prompts import prompt_ids
 from cppo.rewards import Judge, overlong_penalty
 from cppo.rollout import Record, Rollouts, concatenate
 from cppo.rollout.torch_engine import TorchEngine
@@ -87,7 +88,7 @@ class Collector:
         draw = (iteration - 1) * (1 + plan.resample) + attempt
         order = problem_order(len(self.problems), plan.prompts, draw, run.setting, run.seed)
         asked = tuple(self.problems[i] for i in order for _ in range(plan.responses))
-        prompts = [self.tokenizer(p.question).input_ids for p in asked]
+        prompts = [prompt_ids(run.plan.task, self.tokenizer, p.question) for p in asked]
         noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, draw)
         record = recorded(run.objective.divergence)
         with self.clock.timed("rollout"):

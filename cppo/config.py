@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -27,6 +28,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Betas = tuple[Share, Share]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -76,10 +78,21 @@ class Model(Config):
 class Pretrained(Config):
     """A published checkpoint, from the hub or a local folder."""
 
-    name: Annotated[str, Field(min_length=1, max_length=300)]
-    """`organisation/model` on the Hugging Face hub, or the path of a checkpoint folder."""
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    name: Annotated[str, Field(pattern=r"^(\.{0,2}/.+|[\w.-]+/[\w.-]+)$", max_length=300)]
+    """`organisation/model` on the Hugging Face hub, or the path of a checkpoint folder, which begins with /, ./ or ../"""
+    revision: Commit | None = None
     """The hub's commit; needed for a hub name, not for a folder."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the name is the path of a folder."""
+        return self.name.startswith(("/", "./", "../"))
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "Pretrained":
+        if self.local == (self.revision is not None):
+            raise ValueError("revision: a hub name needs the commit of 40 hex digits, a folder has none")
+        return self
 
 
 class Benchmark(Config):
@@ -118,12 +131,24 @@ class Task(Config):
 class Dataset(Config):
     """A published set of problems that `cppo.datasets` knows how to read."""
 
-    name: Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "gsm8k"]
+    name: Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "gsm8k", "gsm8k_train"]
     """Which one; also the lm-eval task's name."""
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    """The hub's commit; None where `data_dir` holds the files."""
+    revision: Commit | None = None
+    """The hub's commit; needed unless `data_dir` holds the file."""
+
+
+class TrainingSet(Dataset):
+    """Training problems: what is empty, repeated, contradictory or part of a benchmark is dropped and counted."""
+
+    rows: Count
+    """Rows that its file must hold, repeats included; another number is an error."""
+
+
+class HeldOutSet(Dataset):
+    """A benchmark: must be whole, so an empty or repeated problem is an error."""
+
     problems: Count
-    """How many distinct problems it must hold; another number is an error."""
+    """Problems that its file must hold; another number is an error."""
 
 
 class MathTask(Config):
@@ -131,24 +156,33 @@ class MathTask(Config):
 
     family: Literal["math"]
     """Kind of problem."""
-    train: Dataset
+    train: TrainingSet
     """The training problems."""
-    benchmarks: tuple[Dataset, ...] = Field(min_length=1)
+    benchmarks: tuple[HeldOutSet, ...] = Field(min_length=1)
     """Held-out sets."""
     data_dir: str | None = None
-    """Folder with the data sets' files, for machines without the hub; None = the hub."""
+    """Folder with the data sets' files, <data_dir>/<name>/*.parquet, .jsonl or .csv, if there is no hub; None = hub."""
     prompt: Literal["chat", "base"]
     """chat = the tokenizer's chat template; base = plain text for a model that knows no chat."""
+    enable_thinking: bool | None = None
+    """The chat template's flag of this name (Qwen3: think before answering); None = the template's own default."""
     instruction: str
-    """What follows the question, such as a request for a boxed answer."""
+    """What follows the question on a line of its own, such as a request for a boxed answer."""
     max_prompt_tokens: Count
     """A training problem with a longer prompt is left out, and counted."""
 
     @model_validator(mode="after")
-    def _distinct(self) -> "MathTask":
+    def _fits(self) -> "MathTask":
         _unique([b.name for b in self.benchmarks], "benchmarks: name")
         if self.train.name in (b.name for b in self.benchmarks):
             raise ValueError(f"benchmarks: {self.train.name} is the training set")
+        for wanted in (self.train, *self.benchmarks):
+            if self.data_dir is None and wanted.revision is None:
+                raise ValueError(f"{wanted.name}: revision is missing: the hub needs a commit; or set data_dir")
+        if self.enable_thinking is not None and self.prompt != "chat":
+            raise ValueError("enable_thinking is for prompt chat")
+        if any(mark in self.instruction for mark in ("{{", "{%", "{#")):
+            raise ValueError("instruction: {{, {% and {# have a meaning in lm-eval's task files; write { { instead")
         return self
 
 
@@ -269,6 +303,12 @@ class Resources(Config):
     """Time limit of a training job; it resumes when it is hit."""
     evaluate_hours: Positive = 1.0
     """Time limit of an evaluation job, which takes one GPU where `gpus` is not 0."""
+    parameters: Positive | None = None
+    """Billions of parameters of a published model, for `python -m cppo plan` only; a created one's are counted."""
+    active_parameters: Positive | None = None
+    """Billions that each token uses, for a mixture of experts; None = all."""
+    response_tokens: Count | None = None
+    """Expected mean length of a response, for `python -m cppo plan` only; None = the longest, an upper bound."""
 
     @property
     def share(self) -> "Resources":
@@ -518,7 +558,12 @@ class Suite(Config):
 
     def runs(self) -> tuple[RunConfig, ...]:
         """All runs, settings first, then objectives, then seeds."""
-        return tuple(
+        return tuple(self.by_id.values())
+
+    @cached_property
+    def by_id(self) -> dict[str, RunConfig]:
+        """All runs by id; made once, since the workflow asks for every run several times."""
+        runs = (
             RunConfig(
                 label=entry.name,
                 setting=name,
@@ -531,6 +576,7 @@ class Suite(Config):
             for entry in self.objectives
             for seed in self.seeds
         )
+        return {run.id: run for run in runs}
 
     def asked(self, setting: str) -> Resources:
         """What the jobs of a setting ask a cluster for."""
@@ -579,9 +625,8 @@ def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
 
 def find_run(suite: Suite, run_id: str) -> RunConfig:
     """The suite's run with this id. Raises ValueError when there is none."""
-    for run in suite.runs():
-        if run.id == run_id:
-            return run
+    if run_id in suite.by_id:
+        return suite.by_id[run_id]
     raise ValueError(f"--run {run_id}: no such run in the suite; `python -m cppo runs` lists them")
 
 

@@ -21,9 +21,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
-from cppo.config import BaseConfig, RunConfig
+from cppo.config import BaseConfig, MathTask, RunConfig, Task
 from cppo.files import write_whole
 from cppo.policy import load_pretrained, load_tokenizer
+from cppo.prompts import encode
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.seeds import uniforms
 
@@ -58,10 +59,10 @@ class Score:
 class CheckpointLM(LM):  # type: ignore[misc]
     """A checkpoint folder as an lm-eval model, sampled by our KV-cache loop with named seeds."""
 
-    def __init__(self, pretrained: str, setting: str, seed: int) -> None:
+    def __init__(self, pretrained: str, task: Task | MathTask, setting: str, seed: int) -> None:
         super().__init__()
         self.model, self.tokenizer = load_pretrained(pretrained), load_tokenizer(pretrained)
-        self.setting, self.seed_axis = setting, int(seed)
+        self.task, self.setting, self.seed_axis = task, setting, seed
         self.lengths: dict[tuple[str, str], list[tuple[int, bool]]] = {}
         """(task, problem id) -> (tokens, truncated) of each sample."""
 
@@ -82,7 +83,7 @@ class CheckpointLM(LM):  # type: ignore[misc]
                 axes = ("evaluate", self.setting, self.seed_axis, requests[i].task_name, problem, seen[problem])
                 noise.append(uniforms(1, options["max_gen_toks"], *axes))
                 seen[problem] += 1
-            prompts = [self.tokenizer(requests[i].args[0]).input_ids for i in rows]
+            prompts = [encode(self.task, self.tokenizer, requests[i].args[0]) for i in rows]
             rollouts = TorchEngine(self.model).generate(
                 prompts, torch.cat(noise), options["temperature"], options["top_p"]
             )
@@ -134,7 +135,7 @@ def _step(path: Path) -> int:
 
 
 def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: TaskManager) -> list[Score]:
-    model = CheckpointLM(str(checkpoint), config.setting, config.seed)
+    model = CheckpointLM(str(checkpoint), config.plan.task, config.setting, config.seed)
     names = [benchmark.name for benchmark in config.plan.task.benchmarks]
     # Not simple_evaluate, which also describes the machine: with `pip list`, a second a checkpoint.
     loaded = tasks.load(names)

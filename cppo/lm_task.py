@@ -4,6 +4,7 @@ Works with this package's own evaluation and with the stock `lm_eval` command al
 """
 
 import atexit
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ custom_dataset: !function utils.load
 dataset_kwargs: {{path: {path}}}
 test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
+doc_to_text: {text}
 doc_to_target: "{{{{answer}}}}"
 process_results: !function utils.process_results
 repeats: {samples}
@@ -36,13 +37,22 @@ metadata: {{version: 1}}
 
 
 def write_task(
-    folder: Path, name: str, problems: Path, samples: int, temperature: float, top_p: float, tokens: int
+    folder: Path, name: str, problems: Path, text: str, samples: int, temperature: float, top_p: float, tokens: int
 ) -> None:
-    """Write the lm-eval task `name` over a problem file: Avg@`samples`, every sample counted."""
-    text = TEMPLATE.format(
-        name=name, path=problems.resolve(), samples=samples, temperature=temperature, top_p=top_p, tokens=tokens
+    """Write the lm-eval task `name` over a problem file: Avg@`samples`, every sample counted.
+
+    text: what is asked, with {{question}} for the question.
+    """
+    task = TEMPLATE.format(
+        name=name,
+        path=problems.resolve(),
+        text=json.dumps(text),
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        tokens=tokens,
     )
-    write_whole(folder / f"{name}.yaml", text)
+    write_whole(folder / f"{name}.yaml", task)
     write_whole(folder / "utils.py", "from cppo.lm_task import load, process_results  # noqa: F401\n")
 
 

@@ -77,10 +77,10 @@ def create_model(model: Model, setting: str) -> PreTrainedModel:
         )
 
 
-def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
+def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint (safetensors)."""
     model.save_pretrained(folder)
-    create_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_pretrained(folder: str | Path) -> PreTrainedModel:

@@ -37,13 +37,13 @@ class Problem:
     id: str
     """Twelve hex digits: hash of question and answer."""
     question: str
-    """The prompt's text."""
+    """The bare question; `cppo.prompts` makes the prompt."""
     answer: str
     """The gold answer."""
     source: str
     """Data set or split."""
     difficulty: int
-    """Number of steps."""
+    """Number of steps of a chain, level of MATH-500, 0 elsewhere."""
 
 
 def problem(question: str, answer: str, source: str, difficulty: int) -> Problem:

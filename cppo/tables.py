@@ -119,7 +119,8 @@ def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
             "update_tokens_per_second": round(timings["tokens"].sum() / timings["update"].sum()),
         }
     else:
-        row |= {"objective": "warm start", "iterations": done["steps"]}
+        made = "warm start" if config.plan.warm_start else "published"
+        row |= {"objective": made, "iterations": done["steps"]}
     provenance = _json(folder / "provenance.json")
     columns = dict.fromkeys([*COLUMNS["runs"], *provenance])
     return pd.DataFrame([row | provenance], columns=list(columns))

@@ -214,7 +214,7 @@ class Trainer:
         """The training state, and before it evaluation weights where the iteration is one to score."""
         if self.iteration % self.run.plan.checkpoint_every == 0:
             with whole_folder(self.folder / "checkpoints" / f"step-{self.iteration}") as folder:
-                save_pretrained(self.policy, folder)
+                save_pretrained(self.policy, folder, self.tokenizer)
         tensors = {"policy": self.policy.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.policy.config.tie_word_embeddings:
             tensors["policy"] = {k: v for k, v in tensors["policy"].items() if k != "lm_head.weight"}

@@ -14,7 +14,7 @@ from tiny import smoke
 from cppo.__main__ import main
 from cppo.config import BaseConfig
 from cppo.evaluate import Score, checkpoint_means, evaluate, read_scores, write_scores
-from cppo.policy import load_pretrained, save_pretrained
+from cppo.policy import create_tokenizer, load_pretrained, save_pretrained
 
 SETTING = {
     "title": "Tiny",
@@ -68,11 +68,11 @@ def test_same_weights_same_scores_and_noise_at_every_checkpoint(
     config, folder, data = scored
     model = load_pretrained(folder / "checkpoints" / "step-0")
     for step in (0, 1):
-        save_pretrained(model, tmp_path / "checkpoints" / f"step-{step}")
+        save_pretrained(model, tmp_path / "checkpoints" / f"step-{step}", create_tokenizer())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
-    save_pretrained(model, tmp_path / "checkpoints" / "step-2")
+    save_pretrained(model, tmp_path / "checkpoints" / "step-2", create_tokenizer())
     evaluate(config, tmp_path, data)
     by_step = {
         step: [(r.correct, r.mean_length) for r in read_scores(tmp_path / "scores.csv") if r.step == step]
@@ -122,7 +122,8 @@ def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: P
 def test_interrupted_evaluation_keeps_what_it_has(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
     """A checkpoint with stored rows is not scored again."""
     config, folder, data = scored
-    save_pretrained(load_pretrained(folder / "checkpoints" / "step-0"), tmp_path / "checkpoints" / "step-0")
+    model = load_pretrained(folder / "checkpoints" / "step-0")
+    save_pretrained(model, tmp_path / "checkpoints" / "step-0", create_tokenizer())
     row = read_scores(folder / "scores.csv")[0]
     (tmp_path / "scores").mkdir()
     write_scores(tmp_path / "scores" / "step-0.csv", [row])

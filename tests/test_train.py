@@ -10,7 +10,7 @@ from tiny import run_of, smoke
 from cppo.batches import problem_order, shuffled_positions
 from cppo.checkpoint import load_latest
 from cppo.config import RunConfig, Suite
-from cppo.policy import create_model, load_pretrained, save_pretrained
+from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained
 from cppo.problems import Problem, make_problems
 from cppo.rewards import Judge
 from cppo.train import Trainer, train
@@ -27,7 +27,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 def base(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained base model: rewards are rare, but every path of the loop runs."""
     folder = tmp_path_factory.mktemp("base")
-    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder)
+    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder, create_tokenizer())
     return folder
 
 

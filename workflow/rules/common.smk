@@ -26,7 +26,7 @@ ENVIRONMENT = str(Path(workflow.basedir) / "environment.yml")
 # busy-waiting ones slow each other down.
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH OMP_NUM_THREADS=1"
-    f" CPPO_SUITE={SUITE_FILE} HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false; "
+    f" CPPO_SUITE={SUITE_FILE} TOKENIZERS_PARALLELISM=false; "
 )
 
 
