@@ -242,8 +242,12 @@ class Scale(Config):
     """What samples: our loop on the policy itself; vLLM beside it; or verl, which runs the whole training."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """With several processes: a whole copy of the model in each, or a share of it."""
+    sharding: Literal["ddp", "fsdp2", "megatron"] = "ddp"
+    """With several processes: a whole copy of the model in each, or a share of it; megatron only for engine verl."""
+    tensor_parallel: Count = 1
+    """Engine verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
+    expert_parallel: Count = 1
+    """Megatron: GPUs over which a layer's experts are spread."""
     micro_rows: Count | None = None
     """Responses in one forward and backward pass; None = the whole minibatch at once. Changes no result but rounding."""
     gradient_checkpointing: bool = False
@@ -549,6 +553,7 @@ def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
         except ValueError as error:
             raise ValueError(f"{path}: objectives.{error}") from None
     suite: Suite = parse(Suite, raw, str(path))
+    _check_engines(suite, path)
     for entry in suite.objectives:
         for name, plan in suite.settings.items():
             try:
@@ -710,6 +715,20 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
     return entry.model_copy(update={"settings": resolved, "by_setting": {}})
 
 
+def _check_engines(suite: Suite, path: Path) -> None:
+    """ValueError for a setting that its engine cannot train."""
+    for name, plan in suite.settings.items():
+        if plan.scale is not None and plan.scale.engine == "verl":
+            from cppo.integrations.verl_launch import check_plan
+
+            try:
+                check_plan(name, plan, suite.resources.get(name, Resources()))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        elif plan.scale is not None and plan.scale.sharding == "megatron":
+            raise ValueError(f"{path}: settings.{name}.scale.sharding: megatron is only for engine verl")
+
+
 def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
     """ValueError for a combination that cannot run."""
     from cppo.objectives import spec
@@ -718,6 +737,10 @@ def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
     if spec(entry.objective).divergence != (entry.divergence is not None):
         need = "needs one" if entry.divergence is None else "uses none"
         raise ValueError(f"divergence: objective {entry.objective} {need}")
+    if plan.scale is not None and plan.scale.engine == "verl":
+        from cppo.integrations.verl_launch import check_objective
+
+        check_objective(entry)
     if entry.divergence is None:
         return
     if isinstance(plan.model, Pretrained):
