@@ -434,7 +434,7 @@ def write_prompts(run: RunConfig, problems: tuple[Problem, ...], path: Path) -> 
 
     task, prompts = run.plan.task, run.plan.rollout.prompts
     assert isinstance(task, MathTask)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for iteration in range(run.plan.iterations):
         for i in problem_order(len(problems), prompts, iteration, run.setting, run.seed):
             asked = problems[i]
@@ -464,7 +464,7 @@ def collect(run: RunConfig, folder: Path) -> None:
     if missing:
         raise ValueError(f"{folder}: verl logged no iteration {missing[0]} of {total}; run it again to continue")
     rows = [found[iteration] for iteration in range(1, total + 1)]
-    streams = {
+    streams: dict[str, list[dict[str, Any]]] = {
         "metrics": [{"iteration": i, **metrics(run, row)} for i, row in enumerate(rows, 1)],
         "timings": [{"iteration": i, **timings(run, row)} for i, row in enumerate(rows, 1)],
         "positions": [],
