@@ -25,12 +25,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from cppo.config import RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
+from cppo.config import Resources, RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
 from cppo.interrupts import TRY_AGAIN, Interrupted
 from cppo.lock import locked
-=======
-from cppo.config import Resources, RunConfig, Suite, Task, find_base, find_run, load_suite, read_config
 
 # Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
 

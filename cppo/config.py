@@ -384,7 +384,7 @@ class ObjectiveEntry(Config):
     settings: dict[str, Any] = {}
     """The objective's own settings; what is not given keeps its default."""
     by_setting: dict[Name, dict[str, Any]] = {}
-    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3)."""
+    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3), and `divergence` if it does."""
     divergence: Divergence | None = None
     """The divergence; exactly for the rules that need one."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp", "reinforce_pp_baseline", "gae"] = "grpo"
@@ -686,7 +686,9 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
         kind = spec(entry.objective).settings
     except ValueError as error:
         raise ValueError(f"objective: {error}") from None
-    here = entry.by_setting.get(setting, {})
+    here, divergence = dict(entry.by_setting.get(setting, {})), entry.divergence
+    if "divergence" in here:
+        divergence = parse(Divergence, here.pop("divergence"), f"by_setting.{setting}.divergence")
     values = {**entry.settings, **here}
     if values.get("span") == "max_response_tokens":
         values["span"] = plan.rollout.max_response_tokens
@@ -712,7 +714,7 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
     hints = typing.get_type_hints(kind)
     exact = {key: TypeAdapter(hints[key]).validate_python(value, strict=True) for key, value in values.items()}
     resolved = dataclasses.asdict(dataclasses.replace(checked, **exact))
-    return entry.model_copy(update={"settings": resolved, "by_setting": {}})
+    return entry.model_copy(update={"settings": resolved, "divergence": divergence, "by_setting": {}})
 
 
 def _check_engines(suite: Suite, path: Path) -> None:

@@ -6,7 +6,9 @@ That verl accepts and means the command is tested beside verl itself, in `test_v
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cppo.__main__ import main
 from cppo.batches import problem_order
 from cppo.config import Resources
 from cppo.integrations import verl_launch
+from cppo.interrupts import Interrupted
 from cppo.problems import problem
 
 CPPO = {"name": "cppo", "objective": "cppo", "divergence": BINARY_TV}
@@ -46,7 +49,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
         {},
         {},
         {"divergence": {"estimator": "top_k", "kind": "tv", "k": 20}},
-        "objectives.cppo.divergence.estimator: top_k is not possible here, only the sampled token is recorded: binary",
+        "objectives.cppo.divergence.estimator: top_k is not for engine verl, which records the sampled token's",
     ),
     ({}, {}, {"settings": {"shuffle": True}}, "objectives.cppo.settings.shuffle: needs positions"),
 ]
@@ -59,6 +62,17 @@ def test_refused_when_the_suite_is_loaded(
     with pytest.raises(ValueError) as caught:
         verl_suite(tmp_path, setting, resources, [{**CPPO, **entry}])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_divergence_for_one_setting(tmp_path: Path) -> None:
+    """A suite compares settings of several engines: where verl trains, `by_setting` names the divergence that it can have."""
+    top = {"estimator": "top_k", "kind": "tv", "k": 20}
+    entry = {**CPPO, "divergence": top, "by_setting": {"moe": {"delta": 0.2, "divergence": BINARY_TV}}}
+    run = verl_suite(tmp_path, objectives=[entry]).runs()[0]
+    plain = verl_suite(tmp_path, objectives=[{**CPPO, "settings": {"delta": 0.2}}]).runs()[0]
+    assert run.id == plain.id and run.objective.divergence is not None and run.objective.divergence.k is None
+    with pytest.raises(ValueError, match=r"objectives\.cppo\.by_setting\.moe\.divergence: kind: "):
+        verl_suite(tmp_path, objectives=[{**entry, "by_setting": {"moe": {"divergence": {**BINARY_TV, "kind": "x"}}}}])
 
 
 def test_every_objective_renders(tmp_path: Path) -> None:
@@ -255,7 +269,14 @@ def test_train_asks_for_verl_before_anything_is_written(
     monkeypatch.setenv("CPPO_VERL_PYTHON", str(tmp_path / "nowhere"))
     assert main(["train", "--suite", str(tmp_path / "suite.yaml"), "--root", str(root), "--run", run.id]) == 2
     assert "engine verl needs verl 0.9.1" in capsys.readouterr().err
-    assert not (root / run.folder).exists()
+    assert list((root / run.folder).iterdir()) == []
+
+
+def test_sigterm_ends_verl(tmp_path: Path) -> None:
+    """Passed on to the command; the caller learns that the run can be continued."""
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        verl_launch._watch(["sleep", "60"], tmp_path)
 
 
 def test_seeds_of_a_setting_do_not_depend_on_torchs_state(tmp_path: Path) -> None:

@@ -19,12 +19,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cppo.config import MathTask, ObjectiveEntry, Resources, RunConfig, Setting
+from cppo.files import whole_folder, write_whole
 from cppo.integrations import SampledTokenLoss
+from cppo.interrupts import Interrupted, Terminated
 from cppo.problems import Problem
 from cppo.seeds import seed
 
@@ -34,6 +37,8 @@ PACKAGES = ("verl", "vllm", "ray", "torch", "transformers", "math-verify")
 """What the environment of `verl_python` must hold, besides this package."""
 CORES_A_GPU = 4
 """verl reserves three for its workers on each GPU; rewards and agents need some more."""
+POLL_SECONDS = 1.0
+"""Between two looks at whether verl has ended."""
 PLAIN_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """A chat template that adds nothing: verl knows only chats."""
 
@@ -125,10 +130,12 @@ def check_objective(entry: ObjectiveEntry) -> None:
         raise ValueError(f"anchor: {entry.anchor} is not for engine verl, which keeps the rollout's log-probabilities")
     if entry.settings.get("shuffle"):
         raise ValueError("settings.shuffle: needs positions drawn by the trainer, and verl draws none; take false")
-    try:
-        SampledTokenLoss.of(entry.objective, entry.settings, _divergence(entry))
-    except ValueError as error:
-        raise ValueError(f"{error} (engine verl)") from None
+    if entry.divergence is not None and entry.divergence.estimator != "binary":
+        raise ValueError(
+            f"divergence.estimator: {entry.divergence.estimator} is not for engine verl, which records the sampled token's "
+            "log-probability only; take binary, for one setting alone in by_setting"
+        )
+    SampledTokenLoss.of(entry.objective, entry.settings, _divergence(entry))
 
 
 def _divergence(entry: ObjectiveEntry) -> dict[str, Any] | None:
@@ -385,24 +392,37 @@ def train(
 ) -> None:
     """Train `run` with verl, or continue it, until its DONE file is written; verl's output goes where ours does.
 
-    Raises ValueError when verl is not installed, or ends before the last iteration.
+    SIGTERM ends verl, whose last saved state stays, by `Interrupted`. Raises ValueError when verl is not installed, ends
+    before the last iteration, or the saved state is of another version of the code or of a package.
     """
     from cppo.provenance import provenance
+    from cppo.train import begin  # needs transformers, which checking a suite does not
 
-    versions = installed(verl_python())
-    attempt = len(_logs(folder))
-    words = on_cluster(command(run, resources, base, folder, report_to, attempt), resources)
-    (folder / "verl").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(run.model_dump_json(indent=1))
-    (folder / "provenance.json").write_text(json.dumps(provenance() | versions, indent=1))
-    write_prompts(run, problems, folder / "verl" / "train.parquet")
-    path = f"{Path(verl_python()).parent}:{os.environ.get('PATH', '')}"  # `ray symmetric-run` calls ray by its name
-    code = subprocess.run(words, env={**os.environ, "PATH": path}).returncode
-    if code:
-        raise ValueError(
-            f"{folder}: verl ended with exit code {code}, see its output; the same command continues the run"
-        )
+    if (folder / "DONE").is_file():
+        return
+    versions, work = installed(verl_python()), folder / "verl"
+    words = on_cluster(command(run, resources, base, folder, report_to, len(_logs(folder))), resources)
+    begin(run, folder, work / "latest_checkpointed_iteration.txt", provenance() | versions)
+    work.mkdir(exist_ok=True)
+    write_prompts(run, problems, work / "train.parquet")
+    _watch(words, folder)
     collect(run, folder)
+
+
+def _watch(words: list[str], folder: Path) -> None:
+    """Run the command to its end; SIGTERM is passed on."""
+    path = f"{Path(verl_python()).parent}:{os.environ.get('PATH', '')}"  # `ray symmetric-run` calls ray by its name
+    with Terminated() as terminated, subprocess.Popen(words, env={**os.environ, "PATH": path}) as process:
+        while process.poll() is None:
+            if terminated:
+                process.terminate()
+            time.sleep(POLL_SECONDS)
+    if process.returncode and terminated:
+        raise Interrupted(f"{folder}: stopped by SIGTERM; it will continue from the last state that verl saved")
+    if process.returncode:
+        raise ValueError(
+            f"{folder}: verl ended with exit code {process.returncode}, see its output; the same command continues the run"
+        )
 
 
 def installed(python: str) -> dict[str, str]:
@@ -471,12 +491,10 @@ def collect(run: RunConfig, folder: Path) -> None:
         "tokens": [],
     }
     for name, lines in streams.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     collapsed = collapse(run, [row["actor/grad_norm"] for row in rows])
     status = "finished" if collapsed is None else f"collapsed at step {collapsed}"
-    partial = folder / "DONE.partial"
-    partial.write_text(json.dumps({"status": status, "iterations": total}) + "\n")
-    os.replace(partial, folder / "DONE")
+    write_whole(folder / "DONE", json.dumps({"status": status, "iterations": total}) + "\n")
 
 
 def metrics(run: RunConfig, row: Mapping[str, Any]) -> dict[str, float | None]:
@@ -525,12 +543,9 @@ def keep_weights(folder: Path) -> None:
         places = [state / "actor" / "huggingface", state / "actor" / "model" / "huggingface"]
         weights = next((place for place in places if any(place.glob("*.safetensors"))), None)
         final = folder / "checkpoints" / f"step-{state.name.removeprefix('global_step_')}"
-        if weights is None or final.exists():
-            continue
-        partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(weights, partial, copy_function=os.link)
-        os.replace(partial, final)
+        if weights is not None and not final.exists():
+            with whole_folder(final) as partial:
+                shutil.copytree(weights, partial, copy_function=os.link, dirs_exist_ok=True)
 
 
 def _logs(folder: Path) -> list[Path]:
