@@ -64,8 +64,8 @@ $(VERL)/.installed: pyproject.toml constraints/verl.txt
 
 venv-verl: $(VERL)/.installed  ## verl 0.9.1 on a CPU, in an environment of its own (2.4 GB, 3 minutes)
 
-test-verl: $(VERL)/.installed  ## our objectives inside the real verl
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py -n 0
+test-verl: $(VERL)/.installed  ## our objectives and runs of engine verl beside the real verl
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py tests/test_verl_launch.py -n 0
 
 nightly: check test mutation faults test-verl  ## all of CI but the smoke suite, and what needs its own environment
 
