@@ -279,6 +279,17 @@ def test_sigterm_ends_verl(tmp_path: Path) -> None:
         verl_launch._watch(["sleep", "60"], tmp_path)
 
 
+def test_a_ray_cluster_of_our_own_has_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one for each start, in the environment that srun hands to every node."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> {tmp_path}/seen\n')
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for _ in range(2):
+        verl_launch._watch(["srun"], tmp_path)
+    first, second = (tmp_path / "seen").read_text().split("\n")[:2]
+    assert first.startswith("token ") and len(first) == 70 and first != second
+
+
 def test_seeds_of_a_setting_do_not_depend_on_torchs_state(tmp_path: Path) -> None:
     suite = verl_suite(tmp_path, objectives=[CPPO])
     words = []

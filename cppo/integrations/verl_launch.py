@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -411,8 +412,11 @@ def train(
 
 def _watch(words: list[str], folder: Path) -> None:
     """Run the command to its end; SIGTERM is passed on."""
-    path = f"{Path(verl_python()).parent}:{os.environ.get('PATH', '')}"  # `ray symmetric-run` calls ray by its name
-    with Terminated() as terminated, subprocess.Popen(words, env={**os.environ, "PATH": path}) as process:
+    # `ray symmetric-run` calls ray by its name; without a token anyone in the network could run code on its nodes.
+    changes = {"PATH": f"{Path(verl_python()).parent}:{os.environ.get('PATH', '')}"}
+    if words[0] == "srun":
+        changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with Terminated() as terminated, subprocess.Popen(words, env={**os.environ, **changes}) as process:
         while process.poll() is None:
             if terminated:
                 process.terminate()
