@@ -4,6 +4,7 @@
     python -m cppo base      --suite config/mini.yaml --setting base     the warm start, or a published checkpoint
     python -m cppo runs      --suite config/mini.yaml                    run ids
     python -m cppo train     --suite config/mini.yaml --run ID           a run, or the rest of it
+    python -m cppo render    --suite config/paper.yaml --run ID          the verl command of a run
     python -m cppo evaluate  runs/train/cppo/ID                          scores of a run's or a base model's checkpoints
     python -m cppo collect   --suite config/mini.yaml                    tables in runs/mini/
     python -m cppo publish   mini                                        check them and copy to results/mini/
@@ -21,11 +22,12 @@ A user's mistake is one line on standard error and exit code 2.
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from cppo.config import MathTask, RunConfig, Suite, find_base, find_run, load_suite, read_config
+from cppo.config import MathTask, Resources, RunConfig, Suite, find_base, find_run, load_suite, read_config
 from cppo.files import write_whole
 from cppo.interrupts import TRY_AGAIN, Interrupted
 from cppo.lock import locked
@@ -81,16 +83,39 @@ def train(args: argparse.Namespace) -> None:
     from cppo.policy import load_tokenizer
     from cppo.problems import read_problems
     from cppo.prompts import short_enough
-    from cppo.train import train as train_run
 
-    run, root = find_run(_suite(args), args.run), Path(args.root)
+    suite, root = _suite(args), Path(args.root)
+    run = find_run(suite, args.run)
     start = root / run.base.folder / "checkpoints" / "step-0"
     if not start.is_dir():
         raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
-    problems = read_problems(root / run.base.data / "train.jsonl")
+    problems, folder = read_problems(root / run.base.data / "train.jsonl"), root / run.folder
     problems = short_enough(run.plan.task, load_tokenizer(start), problems)
-    with locked(root / run.folder):
-        train_run(run, start, problems, root / run.folder)
+    with locked(folder):
+        if run.plan.scale is not None and run.plan.scale.engine == "verl":
+            from cppo.integrations.verl_launch import train as train_with_verl
+
+            resources = suite.resources.get(run.setting, Resources())
+            train_with_verl(run, resources, start, problems, folder, suite.report_to)
+        else:
+            from cppo.train import train as train_run
+
+            train_run(run, start, problems, folder)
+
+
+def render(args: argparse.Namespace) -> None:
+    """Print the command with which verl trains a run, and start nothing."""
+    from cppo.integrations.verl_launch import command
+
+    suite, root = _suite(args), Path(args.root)
+    run = find_run(suite, args.run)
+    if run.plan.scale is None or run.plan.scale.engine != "verl":
+        raise ValueError(
+            f"--run {args.run}: setting {run.setting} has not engine verl; `python -m cppo train` trains it"
+        )
+    start = root / run.base.folder / "checkpoints" / "step-0"
+    resources = suite.resources.get(run.setting, Resources())
+    print(shlex.join(command(run, resources, start, root / run.folder, suite.report_to)))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -210,7 +235,8 @@ def parser() -> argparse.ArgumentParser:
 
     for function in (data, base):
         add(function, "suite").add_argument("--setting", required=True, help="name of a setting of the suite")
-    add(train, "suite").add_argument("--run", required=True, help="a run's id (see: runs)")
+    for function in (train, render):
+        add(function, "suite").add_argument("--run", required=True, help="a run's id (see: runs)")
     add(evaluate).add_argument("folder", help="the directory, such as runs/train/cppo/ID")
     for function in (runs, collect):
         add(function, "suite")

@@ -276,8 +276,12 @@ class Scale(Config):
     """What samples: our loop on the policy itself; vLLM beside it; or verl, which runs the whole training."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """With several processes: a whole copy of the model in each, or a share of it."""
+    sharding: Literal["ddp", "fsdp2", "megatron"] = "ddp"
+    """With several processes: a whole copy of the model in each, or a share of it; megatron only for engine verl."""
+    tensor_parallel: Count = 1
+    """Engine verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
+    expert_parallel: Count = 1
+    """Megatron: GPUs over which a layer's experts are spread."""
     micro_rows: Count | None = None
     """Responses in one forward and backward pass; None = the whole minibatch at once. Changes no result but rounding."""
     gradient_checkpointing: bool = False
@@ -432,7 +436,7 @@ class ObjectiveEntry(Config):
     settings: dict[str, Any] = {}
     """The objective's own settings; what is not given keeps its default."""
     by_setting: dict[Name, dict[str, Any]] = {}
-    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3)."""
+    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3), and `divergence` if it does."""
     divergence: Divergence | None = None
     """The divergence; exactly for the rules that need one."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp", "reinforce_pp_baseline", "gae"] = "grpo"
@@ -614,6 +618,7 @@ def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
         except ValueError as error:
             raise ValueError(f"{path}: objectives.{error}") from None
     suite: Suite = parse(Suite, raw, str(path))
+    _check_engines(suite, path)
     for entry in suite.objectives:
         for name, plan in suite.settings.items():
             try:
@@ -745,7 +750,9 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
         kind = spec(entry.objective).settings
     except ValueError as error:
         raise ValueError(f"objective: {error}") from None
-    here = entry.by_setting.get(setting, {})
+    here, divergence = dict(entry.by_setting.get(setting, {})), entry.divergence
+    if "divergence" in here:
+        divergence = parse(Divergence, here.pop("divergence"), f"by_setting.{setting}.divergence")
     values = {**entry.settings, **here}
     if values.get("span") == "max_response_tokens":
         values["span"] = plan.rollout.max_response_tokens
@@ -771,7 +778,21 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
     hints = typing.get_type_hints(kind)
     exact = {key: TypeAdapter(hints[key]).validate_python(value, strict=True) for key, value in values.items()}
     resolved = dataclasses.asdict(dataclasses.replace(checked, **exact))
-    return entry.model_copy(update={"settings": resolved, "by_setting": {}})
+    return entry.model_copy(update={"settings": resolved, "divergence": divergence, "by_setting": {}})
+
+
+def _check_engines(suite: Suite, path: Path) -> None:
+    """ValueError for a setting that its engine cannot train."""
+    for name, plan in suite.settings.items():
+        if plan.scale is not None and plan.scale.engine == "verl":
+            from cppo.integrations.verl_launch import check_plan
+
+            try:
+                check_plan(name, plan, suite.resources.get(name, Resources()))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        elif plan.scale is not None and plan.scale.sharding == "megatron":
+            raise ValueError(f"{path}: settings.{name}.scale.sharding: megatron is only for engine verl")
 
 
 def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
@@ -782,6 +803,10 @@ def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
     if spec(entry.objective).divergence != (entry.divergence is not None):
         need = "needs one" if entry.divergence is None else "uses none"
         raise ValueError(f"divergence: objective {entry.objective} {need}")
+    if plan.scale is not None and plan.scale.engine == "verl":
+        from cppo.integrations.verl_launch import check_objective
+
+        check_objective(entry)
     if entry.divergence is None:
         return
     if isinstance(plan.model, Pretrained):

@@ -36,8 +36,8 @@ def show(run: str, root: Path, results: Path) -> str:
         if run in configs:
             config = parse_run(configs[run], f"{path}: {run}")
             table = read_table(path.with_name("runs.csv"), "runs")
-            (row,) = table[table["run"] == run].to_dict("records")
-            places.append((str(path.parent), row))
+            (found,) = table[table["run"] == run].to_dict("records")
+            places.append((str(path.parent), {str(name): value for name, value in found.items()}))
     if config is None:
         raise ValueError(f"{run}: no such run in {root}/ or {results}/; ids are in results/*/runs.csv")
     if config.id != run:

@@ -260,7 +260,7 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     """
     if (folder / "DONE").is_file():
         return
-    _begin(run, folder)
+    begin(run, folder, folder / "state", provenance())
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     total, status = run.plan.iterations, "finished"
     bar = tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5)
@@ -282,10 +282,11 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     write_whole(folder / "DONE", json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
 
 
-def _begin(run: RunConfig, folder: Path) -> None:
-    """Write config and provenance; ValueError when saved work was made by other code, which would make the run a mixture."""
-    path, here = folder / "provenance.json", provenance()
-    if path.is_file() and (folder / "state").is_dir():
+def begin(run: RunConfig, folder: Path, state: Path, here: dict[str, str]) -> None:
+    """Write config and provenance (`here`); ValueError when the work saved at `state`, if it exists, was made by other code,
+    which would make the run a mixture."""
+    path = folder / "provenance.json"
+    if path.is_file() and state.exists():
         before = read_json(path)
         for name in here:
             if name != "commit" and before.get(name) != here[name]:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cppo.config import Model, RunConfig, Suite, load_suite
+from cppo.objectives import names, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = Model(hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=32)
@@ -44,3 +45,61 @@ def smoke(folder: Path, **changes: Any) -> Suite:
 def run_of(suite: Suite, label: str, seed: int = 0) -> RunConfig:
     """The suite's run of this label and seed."""
     return next(run for run in suite.runs() if run.label == label and run.seed == seed)
+
+
+VERL_SETTING: dict[str, Any] = {
+    "title": "Qwen3-30B-A3B-Base",
+    "model": {"name": "Qwen/Qwen3-30B-A3B-Base", "revision": "0" * 40},
+    "task": {
+        "family": "math",
+        "train": {"name": "dapo_math_17k", "revision": "1" * 40, "problems": 17398},
+        "benchmarks": [{"name": "aime24", "revision": "2" * 40, "problems": 30}],
+        "prompt": "chat",
+        "instruction": "Put the final answer in \\boxed{}.",
+        "max_prompt_tokens": 1024,
+    },
+    "rollout": {"prompts": 64, "responses": 8, "minibatch": 32, "max_response_tokens": 8192},
+    "optimizer": {"lr": 1e-6, "warmup_updates": 10, "betas": [0.9, 0.95], "weight_decay": 0.1, "grad_clip": 0.5},
+    "iterations": 200,
+    "checkpoint_every": 10,
+    "scale": {
+        "engine": "verl",
+        "precision": "bfloat16",
+        "sharding": "fsdp2",
+        "micro_rows": 2,
+        "gradient_checkpointing": True,
+        "tensor_parallel": 4,
+        "vllm_memory": 0.6,
+    },
+}
+"""The paper's largest setting, on four nodes."""
+BINARY_TV = {"estimator": "binary", "kind": "tv"}
+
+
+def verl_suite(
+    folder: Path,
+    setting: dict[str, Any] | None = None,
+    resources: dict[str, Any] | None = None,
+    objectives: list[dict[str, Any]] | None = None,
+) -> Suite:
+    """A suite of one setting that verl trains; the keys given replace VERL_SETTING's and the default resources'."""
+    default = [
+        {"name": name, "objective": name, **({"divergence": BINARY_TV} if spec(name).divergence else {})}
+        for name in names()
+    ]
+    raw = {
+        "description": "verl",
+        "seeds": [0, 1],
+        "settings": {"moe": merged(VERL_SETTING, setting or {})},
+        "evaluation": {"samples": 16},
+        "objectives": default if objectives is None else objectives,
+        "resources": {"moe": {"gpus": 8, "nodes": 4, "cpus": 64, "memory_gb": 512.0, **(resources or {})}},
+    }
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return load_suite(path)
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the keys of `new`, dicts key by key."""
+    return old | {k: merged(old[k], v) if isinstance(v, dict) and k in old else v for k, v in new.items()}

@@ -15,17 +15,23 @@ Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses 
 importance weights and rejection from `rollout_correction` (refused), entropy and KL terms (verl adds its own after ours).
 """
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 from torch import Tensor
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.workers.config import PolicyLossConfig
 
 from cppo.integrations import SampledTokenLoss
+from cppo.integrations.verl_launch import keep_weights
 from cppo.loss import Aggregation, check_aggregation
 from cppo.objectives import names
+from cppo.rewards import Judge
 
 PREFIX = "cppo_bench_"
 
@@ -116,6 +122,31 @@ def compute_policy_loss(
         shown[f"actor/cppo_bench/{name}"] = total / max(number, 1)
         shown[f"actor/cppo_bench/{name}_sum"], shown[f"actor/cppo_bench/{name}_count"] = total, number
     return loss * ranks, shown
+
+
+_judge, _judging = Judge(), Lock()
+"""One a process of verl; it asks from several threads, and a judge answers one at a time."""
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **_: Any
+) -> dict[str, float]:
+    """The verdict on a response, as verl's `custom_reward_function`. verl has no third value: unjudged is 0, and logged."""
+    with _judging:
+        verdict = _judge.verdict(solution_str, ground_truth)
+    if verdict is None:
+        logging.getLogger(__name__).warning(
+            "could not judge a response to %s", (extra_info or {}).get("id", data_source)
+        )
+    return {"score": verdict or 0.0, "acc": verdict or 0.0, "unjudged": float(verdict is None)}
+
+
+class KeepWeights(CheckpointCallback):  # type: ignore[misc]
+    """verl's `checkpoint_callback_class` for runs of engine verl: see `verl_launch.keep_weights`."""
+
+    def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, **_: Any) -> None:
+        """Called on the driver after each checkpoint."""
+        keep_weights(Path(checkpoint_dir).parents[1])
 
 
 def register(mode: str) -> None:
