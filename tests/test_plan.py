@@ -57,7 +57,10 @@ def test_the_rest_of_the_papers_protocol(paper: Suite) -> None:
         assert (entry.advantage, entry.aggregation, entry.anchor) == ("dr_grpo", "seq-mean-token-sum-norm", "rollout")
         if run.label in ("dppo", "cppo"):
             assert entry.settings["delta"] == (0.2 if run.setting == "qwen3_30b_a3b_base" else 0.15)
-            assert entry.divergence is not None and (entry.divergence.estimator, entry.divergence.k) == ("top_k", 20)
+            # verl records the sampled token only, a stated departure from the paper's Top-20.
+            sampled = run.setting == "qwen3_30b_a3b_base"
+            assert entry.divergence is not None and entry.divergence.kind == "tv"
+            assert (entry.divergence.estimator, entry.divergence.k) == (("binary", None) if sampled else ("top_k", 20))
 
 
 @pytest.mark.parametrize(("figure", "setting"), [(5, "qwen3_1_7b"), (6, "qwen3_1_7b_base")])
