@@ -4,6 +4,8 @@ A question of the chain is its own prompt. A question in words is followed by th
 that is the user's message, which the tokenizer's chat template wraps, for a base model it is the whole prompt.
 """
 
+import sys
+
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -47,5 +49,7 @@ def short_enough(
         raise ValueError(f"task.max_prompt_tokens: every training prompt is longer than {limit} tokens; raise it")
     if len(kept) < len(problems):
         left_out = len(problems) - len(kept)
-        tqdm.write(f"{left_out} of {len(problems)} training problems left out: prompt above {limit} tokens")
+        tqdm.write(
+            f"{left_out} of {len(problems)} training problems left out: prompt above {limit} tokens", file=sys.stderr
+        )
     return kept

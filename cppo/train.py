@@ -12,6 +12,7 @@ Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a 
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ class Trainer:
             return
         tensors, info, damaged = found
         for line in damaged:
-            tqdm.write(line)
+            tqdm.write(line, file=sys.stderr)
         _load(self.policy, tensors["policy"])
         restore_optimizer(self.optimizer, tensors["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
@@ -243,7 +244,7 @@ class Trainer:
             restore_optimizer(self.critic_optimizer, tensors["critic_optimizer"])
         for name, value in info.items():
             setattr(self, name, value)
-        tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}")
+        tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}", file=sys.stderr)
 
 
 def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:

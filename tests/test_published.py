@@ -151,7 +151,7 @@ def test_longer_prompts_are_left_out(raw: dict[str, Any], capsys: pytest.Capture
     lengths = [len(prompt_ids(changed(raw), tokenizer, p.question)) for p in problems]
     assert lengths == sorted(set(lengths))
     assert short_enough(changed(raw, max_prompt_tokens=lengths[2]), tokenizer, problems) == problems[:3]
-    assert "2 of 5 training problems left out" in capsys.readouterr().out
+    assert "2 of 5 training problems left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"max_prompt_tokens: every training prompt is longer than 3 tokens"):
         short_enough(changed(raw, max_prompt_tokens=3), tokenizer, problems)
 

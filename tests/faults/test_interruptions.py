@@ -268,7 +268,7 @@ def test_damage_falls_back_to_the_state_before_it_and_says_so(
     damage(folder / file)
     capsys.readouterr()
     finish(whole, root)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert f"continuing after iteration {2 if message else 3}" in out
     if message is not None:
         (line,) = (line for line in out.splitlines() if message in line)

@@ -48,9 +48,9 @@ def dawdle(cfg: Dawdle, tokens: Tokens) -> Terms:
     time.sleep(float(os.environ["NAP"]))
     return hard_gate(tokens.advantages * log_ratio(tokens).exp(), torch.ones_like(tokens.mask))
 '''
-NAP = 0.25
-ITERATIONS = 80
-"""At two updates with two naps each: 80 seconds of training, more than the limit of a minute."""
+NAP = 0.5
+ITERATIONS = 60
+"""With about two naps each, more than the limit of a minute allows."""
 
 
 class Cluster:
