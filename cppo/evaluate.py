@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from cppo.config import BaseConfig, MathTask, RunConfig, Task
 from cppo.files import write_whole
+from cppo.lm_task import judge
 from cppo.policy import load_pretrained, load_tokenizer
 from cppo.prompts import encode
 from cppo.rollout.torch_engine import TorchEngine
@@ -108,6 +109,7 @@ def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
     Each checkpoint's rows are kept under scores/ as they come, so an interrupted evaluation continues.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    judge().start()  # before anything is sampled: it may be impossible
     tasks = TaskManager(include_path=str(data / "lm_eval"), include_defaults=False)
     for checkpoint in _checkpoints(folder):
         step = _step(checkpoint)

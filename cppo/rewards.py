@@ -1,13 +1,14 @@
 """Verdicts on model answers: right (1.0), wrong (0.0), or could not judge (None: counted, never taken as wrong).
 
 The answer is what stands in the response's box (`\\boxed{...}`); a response without one is wrong, one that merely contains
-the number is too. A box counts wherever it stands, and the last of several is the answer; a response is plain text, so
-`%` starts no comment. Plain integers are compared here; everything else goes to math-verify in a process of its own
+the number is too. A box counts wherever it stands (a response is plain text, where `%` starts no comment), and several must
+agree. Plain integers are compared here; everything else goes to math-verify in a process of its own
 (`cppo.verify_worker`) with a limit on memory and time: a model's text can keep a computer-algebra system busy for ever.
 Text and verdict cross the pipe as JSON lines; nothing is unpickled or evaluated.
 """
 
 import json
+import os
 import re
 import selectors
 import subprocess
@@ -27,7 +28,7 @@ MEMORY_BYTES = 2**30
 CACHED = 100_000
 """Verdicts that are remembered."""
 MAX_CHARACTERS = 20_000
-"""A longer answer is not judged (None): a genuine boxed answer is short."""
+"""Of a longer response only the end is read; without a box in it there is no verdict: a genuine boxed answer is short."""
 
 _INTEGER = re.compile(r"\\boxed\{\s*([-+]?\d{1,18})\s*\}")
 _PLAIN = re.compile(r"[-+]?\d{1,18}")
@@ -65,8 +66,12 @@ class Judge:
 
     deadline: float = DEADLINE_SECONDS
     killed: int = 0
-    """Verdicts lost with the process that looked for them (deadline, crash); each left one response unjudged."""
+    """Processes lost while they looked for a verdict (deadline, crash); each left one response unjudged."""
+    unjudged: int = 0
+    """Responses without a verdict so far, for whatever reason."""
     _worker: subprocess.Popen[str] | None = field(default=None, repr=False)
+    _owner: int = field(default=0, repr=False)
+    """Process that started the worker; one forked from it must not read answers to the other's questions."""
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[str, str], float] = {}
@@ -85,12 +90,11 @@ class Judge:
         fast = fast_verdict(response, gold)
         if fast is not None:
             return fast
-        if len(response) > MAX_CHARACTERS:
-            return None
-        key = (response, gold)
+        key = (response[-MAX_CHARACTERS:], gold)
         if key not in self._known:
-            found = self._ask(response, gold)
+            found = self._ask(*key) if "\\boxed" in key[0] else None
             if found is None:
+                self.unjudged += 1
                 return None  # not remembered: a busy machine may have caused it
             if len(self._known) >= CACHED:
                 self._known.clear()
@@ -122,8 +126,9 @@ class Judge:
 
     def start(self) -> None:
         """Have the worker ready. Raises ValueError, one line with its reason, when it cannot be started."""
-        if self._worker is not None:
+        if self._worker is not None and self._owner == os.getpid():
             return
+        self._owner = os.getpid()
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
             self._worker = subprocess.Popen(
                 [sys.executable, "-m", "cppo.verify_worker", str(MEMORY_BYTES)],
@@ -144,10 +149,10 @@ class Judge:
 
     def close(self) -> None:
         """End the worker."""
-        if self._worker is not None:
+        if self._worker is not None and self._owner == os.getpid():
             self._worker.kill()
             self._worker.communicate()
-            self._worker = None
+        self._worker = None
 
 
 def _read_line(worker: subprocess.Popen[str], seconds: float) -> str | None:

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -28,19 +29,45 @@ WARM_UP = (
 """Answers of the usual kinds: the parser builds its tables as it goes, and children start with those of the parent."""
 
 
+def boxes(response: str) -> list[str]:
+    """The outermost `\\boxed{...}` of a response, with their commands; one that is never closed is none."""
+    found, end = [], 0
+    for opening in re.finditer(r"\\boxed\s*\{", response):
+        if opening.start() < end:
+            continue
+        depth = 0
+        for brace in re.finditer(r"\\.|[{}]", response[opening.end() - 1 :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                end = opening.end() - 1 + brace.end()
+                found.append(response[opening.start() : end])
+                break
+        else:
+            break  # nothing after it can close either
+    return found
+
+
 def judge() -> Callable[[str, str], float | None]:
     """The function that compares a response's boxed answer with the gold one; None = could not judge."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
 
     def verdict(response: str, gold: str) -> float | None:
         # No time limit here: math-verify's own takes whole seconds, and cannot interrupt a multiplication.
-        gold_parsed = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-        if not gold_parsed:
-            return None
-        answer = parse(response, extraction_config=boxed, parsing_timeout=None, fallback_mode="no_fallback")
-        return float(verify(gold_parsed, answer, timeout_seconds=None))
+        parsed = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+        understood = any(not isinstance(value, str) for value in parsed)
+        fallback = "no_fallback" if understood else "first_match"
+
+        def right(text: str) -> bool:
+            answer = parse(text, extraction_config=config, parsing_timeout=None, fallback_mode=fallback)
+            return bool(verify(parsed, answer, timeout_seconds=None))
+
+        # Where the box says nothing, math-verify goes on to other formulas of the response: the boxes alone must do.
+        found = boxes(response)
+        if found and right(response) and (right(found[-1]) or right("".join(found))):
+            return 1.0
+        return 0.0 if understood else None  # a gold answer that is no mathematics is only compared as text
 
     return verdict
 
@@ -108,15 +135,16 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline
     verdict = judge()
-    for text in WARM_UP:
-        verdict(rf"\boxed{{{text}}}", text)
-        verdict(rf"\boxed{{{text}}}", "7")
     gc.collect()
     gc.freeze()  # or the children's garbage collection would copy every page
     code = in_a_child(verdict, [r"\boxed{14/2}", "7", 60.0], memory)
     if VERDICTS.get(code) != 1.0:
         sys.exit(f"14/2 = 7 was not judged right within {memory} bytes of memory (exit code {code})")
     print(json.dumps("ready"), flush=True)
+    for text in WARM_UP:  # while the parent loads its model
+        verdict(rf"\boxed{{{text}}}", text)
+        verdict(rf"\boxed{{{text}}}", "7")
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(VERDICTS.get(in_a_child(verdict, json.loads(line), memory), "lost")), flush=True)
 
