@@ -32,6 +32,26 @@ MAX_CHARACTERS = 20_000
 
 _INTEGER = re.compile(r"\\boxed\{\s*([-+]?\d{1,18})\s*\}")
 _PLAIN = re.compile(r"[-+]?\d{1,18}")
+_OPENING = re.compile(r"\\boxed\s*\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def boxes(response: str) -> list[str]:
+    """The outermost `\\boxed{...}` of a response, with their commands; one that is never closed is none."""
+    found, end = [], 0
+    for opening in _OPENING.finditer(response):
+        if opening.start() < end:
+            continue
+        depth = 0
+        for brace in _BRACES.finditer(response, opening.end() - 1):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                end = brace.end()
+                found.append(response[opening.start() : end])
+                break
+        else:
+            break  # nothing after it is closed either
+    return found
 
 
 def fast_verdict(response: str, gold: str) -> float | None:
@@ -46,7 +66,7 @@ def fast_verdict(response: str, gold: str) -> float | None:
     found = _INTEGER.findall(response)
     if boxes == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
         return float(int(found[0]) == int(gold))
-    return None
+    return None if boxes(response) else 0.0
 
 
 def overlong_penalty(length: int, longest: int, buffer: int) -> float:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from cppo.rewards import boxes
+
 VERDICTS = {10: 0.0, 11: 1.0, 12: None}
 """Exit code of a child -> what it found; other codes are an interpreter's that failed."""
 WARM_UP = (
@@ -27,24 +29,6 @@ WARM_UP = (
     r" \begin{pmatrix}1&2\\3&4\end{pmatrix} 50\% 30^\circ"
 ).split()
 """Answers of the usual kinds: the parser builds its tables as it goes, and children start with those of the parent."""
-
-
-def boxes(response: str) -> list[str]:
-    """The outermost `\\boxed{...}` of a response, with their commands; one that is never closed is none."""
-    found, end = [], 0
-    for opening in re.finditer(r"\\boxed\s*\{", response):
-        if opening.start() < end:
-            continue
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", response[opening.end() - 1 :], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                end = opening.end() - 1 + brace.end()
-                found.append(response[opening.start() : end])
-                break
-        else:
-            break  # nothing after it can close either
-    return found
 
 
 def judge() -> Callable[[str, str], float | None]:
@@ -108,6 +92,33 @@ def answer(verdict: Callable[[str, str], float | None], response: str, gold: str
     return found
 
 
+HARMLESS = re.compile(
+    rb"from sympy import \*|(?:Integer|Float) ?\('?[\d.]*'? ?\)"
+    rb"|def monomial_[a-z]+\([ABk, ]+\):\n(?:return|else|if|None|[\s\d(),+*<>=:-]|[abrABk])*+"
+)
+"""All that sympy hands to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
+FORBIDDEN = tuple(
+    "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.putenv os.remove os.rename os.rmdir os.spawn os.symlink os.system "
+    "os.truncate ctypes. pickle. pty. shutil. socket. subprocess. urllib.".split()
+)
+"""Audit events (or their beginnings) that judging never causes."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def guard(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook of a child: ends it before any text is compiled as Python, and at whatever only such text could do."""
+    if event == "compile":
+        source, name = arguments
+        text = source.encode("utf-8", "replace") if isinstance(source, str) else source
+        if str(name).startswith("<") and not (isinstance(text, bytes) and HARMLESS.fullmatch(text.strip())):
+            os._exit(1)
+    elif event == "open":
+        if isinstance(arguments[2], int) and arguments[2] & WRITING:
+            os._exit(1)
+    elif event.startswith(FORBIDDEN):
+        os._exit(1)
+
+
 def in_a_child(verdict: Callable[[str, str], float | None], question: list[Any], memory: int) -> int:
     """The exit code of a child that judges the question (negative: the signal that ended it)."""
     response, gold, seconds = question
@@ -119,6 +130,7 @@ def in_a_child(verdict: Callable[[str, str], float | None], question: list[Any],
             signal.setitimer(signal.ITIMER_REAL, seconds)
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            sys.addaudithook(guard)
             found = answer(verdict, response, gold)
             code = next(code for code, value in VERDICTS.items() if value == found)
         finally:
@@ -133,6 +145,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the trainer still needs verdicts to end well
         signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
+    sys.dont_write_bytecode = True  # a child may import, and must not write
     sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline
     verdict = judge()
     gc.collect()

@@ -107,7 +107,8 @@ def framed(frame: str, formula: str, gold: str) -> tuple[str, str]:
 
 
 CASES: st.SearchStrategy[tuple[str, str]] = st.one_of(
-    *[st.builds(framed, st.sampled_from(FRAMES), FORMULAS, st.sampled_from(GOLD))] * 5,
+    *[st.builds(framed, st.sampled_from(FRAMES), FORMULAS, st.sampled_from(GOLD) | FORMULAS)] * 4,
+    *[FORMULAS.map(lambda formula: (rf"\boxed{{{formula}}}", formula))] * 2,
     mutations(),
     st.builds(framed, st.sampled_from(FRAMES), st.text(max_size=40), st.sampled_from(GOLD)),
 )

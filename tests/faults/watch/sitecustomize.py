@@ -26,7 +26,7 @@ def hook(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def note(event: str, what: object) -> None:
-    os.write(LOG_FILE, f"{event} {what!r:.300}\n".encode("utf-8", "backslashreplace"))
+    os.write(LOG_FILE, f"{event} {what!r}\n".encode("utf-8", "backslashreplace"))
 
 
 if LOG:
