@@ -667,7 +667,7 @@ def read_config(folder: Path) -> RunConfig | BaseConfig:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: missing or not JSON; train the run (or make the base model) first") from None
     config = parse_run(raw, str(path))
     if config.id != folder.name:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -84,15 +83,17 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTr
 
 
 def load_pretrained(folder: str | Path) -> PreTrainedModel:
-    """The float32 model in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
-    if not (Path(folder) / "config.json").is_file():
+    """The float32 model in a checkpoint folder. Raises ValueError when there is none; never runs code from it, never unpickles."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no Hugging Face checkpoint (config.json is missing)")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+    if not list(folder.glob("*.safetensors*")):
+        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "nothing else"
+        raise ValueError(
+            f"{folder}: holds no weights as safetensors but {pickled}; pickled weights are never loaded, as they may run code: "
+            "convert them where you trust them, with save_pretrained(..., safe_serialization=True)"
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
+    model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, use_safetensors=True)
     assert isinstance(model, PreTrainedModel)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
@@ -100,10 +101,22 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a checkpoint folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    """The tokenizer in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
+    tokenizer = _loaded(AutoTokenizer, Path(folder))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: its tokenizer is no fast one (tokenizer.json is missing or of another kind)")
     return tokenizer
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
+    """transformers' object from a local folder. A damaged or hostile folder fails in many ways there, each one line here."""
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # tokenizers and safetensors raise nothing narrower
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it wants code of its own run (auto_map), which is never done; take one that transformers knows by itself"
+        raise ValueError(f"{folder}: not a loadable checkpoint: {reason}") from None
 
 
 @dataclass(frozen=True)

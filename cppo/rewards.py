@@ -60,11 +60,11 @@ def fast_verdict(response: str, gold: str) -> float | None:
     >>> fast_verdict(r"3+4=7\\boxed{7}", "7"), fast_verdict("7", "7"), fast_verdict(r"\\boxed{14/2}", "7")
     (1.0, 0.0, None)
     """
-    boxes = response.count("\\boxed")
-    if boxes == 0:
+    count = response.count("\\boxed")
+    if count == 0:
         return 0.0
     found = _INTEGER.findall(response)
-    if boxes == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
+    if count == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
         return float(int(found[0]) == int(gold))
     return None if boxes(response) else 0.0
 

@@ -47,11 +47,15 @@ def judge() -> Callable[[str, str], float | None]:
             answer = parse(text, extraction_config=config, parsing_timeout=None, fallback_mode=fallback)
             return bool(verify(parsed, answer, timeout_seconds=None))
 
-        # Where the box says nothing, math-verify goes on to other formulas of the response: the boxes alone must do.
+        # Where a box says nothing, math-verify goes on to other formulas of the response: boxes alone must do.
         found = boxes(response)
-        if found and right(response) and (right(found[-1]) or right("".join(found))):
-            return 1.0
-        return 0.0 if understood else None  # a gold answer that is no mathematics is only compared as text
+        if len(found) == 1:
+            correct = right(found[0])
+        else:
+            correct = right(response) and (right(found[-1]) or right("".join(found)))
+        if not correct and not understood:
+            return None  # a gold answer that is no mathematics is only compared as text
+        return float(correct)
 
     return verdict
 
@@ -148,16 +152,15 @@ def main() -> None:
     sys.dont_write_bytecode = True  # a child may import, and must not write
     sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline
     verdict = judge()
+    for text in WARM_UP:
+        verdict(rf"\boxed{{{text}}}", text)
+        verdict(rf"\boxed{{{text}}}", "7")
     gc.collect()
     gc.freeze()  # or the children's garbage collection would copy every page
     code = in_a_child(verdict, [r"\boxed{14/2}", "7", 60.0], memory)
     if VERDICTS.get(code) != 1.0:
         sys.exit(f"14/2 = 7 was not judged right within {memory} bytes of memory (exit code {code})")
     print(json.dumps("ready"), flush=True)
-    for text in WARM_UP:  # while the parent loads its model
-        verdict(rf"\boxed{{{text}}}", text)
-        verdict(rf"\boxed{{{text}}}", "7")
-    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(VERDICTS.get(in_a_child(verdict, json.loads(line), memory), "lost")), flush=True)
 
