@@ -164,7 +164,7 @@ class Judge:
                 said = complaints.read().strip().splitlines() or [f"it was not ready within {START_SECONDS:.0f} s"]
                 raise ValueError(
                     f"the math-verify worker does not start: {said[-1]}; "
-                    f"`python -m cppo.verify_worker {MEMORY_BYTES}` must print \"ready\""
+                    f'`python -m cppo.verify_worker {MEMORY_BYTES}` must print "ready"'
                 )
 
     def close(self) -> None:

@@ -115,7 +115,8 @@ def _jsonl(path: Path, numbers: Sequence[str], lists: Sequence[str] = ()) -> lis
             if not isinstance(values, list) or len(values) != len(row[lists[0]]):
                 raise ValueError(f"{path}:{number}: {name}: not a list as long as {lists[0]}; {remedy}")
             if not all(isinstance(value, str) if name == "token" else _is_number(value) for value in values):
-                raise ValueError(f"{path}:{number}: {name}: expected a list of {'texts' if name == 'token' else 'numbers'}; {remedy}")
+                what = "texts" if name == "token" else "numbers"
+                raise ValueError(f"{path}:{number}: {name}: expected a list of {what}; {remedy}")
         for name in dict.fromkeys([*numbers, *(name for name in row if name not in lists)]):
             value = row.get(name)
             if not _is_number(value) and (name in numbers or value is not None):

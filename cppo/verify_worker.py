@@ -102,8 +102,8 @@ HARMLESS = re.compile(
 )
 """All that sympy hands to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
 FORBIDDEN = tuple(
-    "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.putenv os.remove os.rename os.rmdir os.spawn os.symlink os.system "
-    "os.truncate ctypes. pickle. pty. shutil. socket. subprocess. urllib.".split()
+    "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.putenv os.remove os.rename os.rmdir os.spawn os.symlink "
+    "os.system os.truncate ctypes. pickle. pty. shutil. socket. subprocess. urllib.".split()
 )
 """Audit events (or their beginnings) that judging never causes."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -146,7 +146,10 @@ def main() -> None:
     """Judge until standard input ends."""
     memory = int(sys.argv[1])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the trainer still needs verdicts to end well
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to a whole group; the trainer still needs verdicts to end well
         signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True  # a child may import, and must not write

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cppo.__main__ import main
 from cppo.config import Suite, find_base, find_run, load_suite
@@ -391,6 +389,7 @@ FILES: list[tuple[str, str | bytes, str]] = [
     ("not a bool", TEXT.replace("samples: 4", "samples: !!bool x"), "not valid YAML"),
     ("not an integer", TEXT.replace("samples: 4", "samples: !!int x"), "not valid YAML"),
     ("no such day", TEXT.replace("samples: 4", "samples: 2026-02-31"), "not valid YAML"),
+    ("a list tagged as a mapping", TEXT.replace("{samples: 4}", "!!map [1]"), "not valid YAML: expected a mapping"),
     ("a date", TEXT.replace("samples: 4", "samples: 2026-02-01"), "evaluation.samples"),
     ("too many digits", TEXT.replace("samples: 4", "samples: " + "9" * 5000), "not valid YAML"),
     ("deep", TEXT.replace("{samples: 4}", "[" * 500 + "]" * 500), "not valid YAML"),

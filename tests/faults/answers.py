@@ -52,21 +52,39 @@ def corpus() -> list[Hostile]:
 
 # The grammar ----------------------------------------------------------------------------------------------------------
 
-GOLD = ["7", "-3", r"\frac{1}{2}", "0.25", r"\sqrt{2}", "(3,4)", r"\{1,2\}", "x^2+1", "[0,1)", r"2\pi", r"50\%", "B", "x=3"]
+GOLD = [
+    "7",
+    "-3",
+    r"\frac{1}{2}",
+    "0.25",
+    r"\sqrt{2}",
+    "(3,4)",
+    r"\{1,2\}",
+    "x^2+1",
+    "[0,1)",
+    r"2\pi",
+    r"50\%",
+    "B",
+    "x=3",
+]
 ATOMS = st.one_of(
     st.integers(0, 20).map(str),
     st.integers(-(10**6), 10**30).map(str),
     st.floats(-100, 100).map(lambda x: f"{x:.3f}"),
-    st.sampled_from(r"x y n a e i \pi \theta \infty \emptyset \mathbb{R} \text{cm} \text{B} 1,000 50\% 30^\circ \$5".split()),
+    st.sampled_from(
+        r"x y n a e i \pi \theta \infty \emptyset \mathbb{R} \text{cm} \text{B} 1,000 50\% 30^\circ \$5".split()
+    ),
 )
 ONE = [
     r"\sqrt{%s}", r"\sqrt[3]{%s}", r"\left(%s\right)", r"{%s}", r"-%s", r"%s!", r"\sin(%s)", r"\arctan{%s}", r"\ln %s",
     r"\log_{2}(%s)", r"|%s|", r"\lfloor %s\rfloor", r"\overline{%s}", r"\boxed{%s}", r"x=%s", r"\{%s\}", r"%s^2", r"2^{%s}",
-    r"\text{%s}", r"\mathrm{%s}", r"\operatorname{f}(%s)", r"\int_0^1 %s\,dx", r"\sum_{n=1}^{9} %s", r"\lim_{x\to 0} %s", r"%s\%%",
+    r"\text{%s}", r"\mathrm{%s}", r"\operatorname{f}(%s)", r"\int_0^1 %s\,dx", r"\sum_{n=1}^{9} %s", r"\lim_{x\to 0} %s",
+    r"%s\%%",
 ]  # fmt: skip
 TWO = [
-    r"\frac{%s}{%s}", r"\dfrac%s%s", r"%s+%s", r"%s-%s", r"%s\cdot %s", r"%s\times%s", r"%s/%s", r"%s^{%s}", r"%s_{%s}", r"(%s,%s)",
-    r"[%s,%s)", r"\{%s,%s\}", r"%s=%s", r"%s<%s", r"%s\ge %s", r"%s\approx %s", r"%s \text{ or } %s", r"\binom{%s}{%s}", r"%s,%s",
+    r"\frac{%s}{%s}", r"\dfrac%s%s", r"%s+%s", r"%s-%s", r"%s\cdot %s", r"%s\times%s", r"%s/%s", r"%s^{%s}", r"%s_{%s}",
+    r"[%s,%s)", r"\{%s,%s\}", r"%s=%s", r"%s<%s", r"%s\ge %s", r"%s\approx %s", r"%s \text{ or } %s", r"\binom{%s}{%s}",
+    r"%s,%s", r"(%s,%s)",
     r"\begin{pmatrix}%s\\%s\end{pmatrix}", r"%s\cup %s", r"%s\pm %s", r"%s \mod %s", r"%s%s", r"%s\in %s", r"%s\mid %s",
 ]  # fmt: skip
 
@@ -81,9 +99,10 @@ def grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 FORMULAS = st.recursive(ATOMS, grown, max_leaves=8)
-FRAMES = [r"\boxed{%s}"] * 6 + [
-    r"So the answer is $\boxed{%s}$.", r"\[\boxed{%s}\]", r"\boxed{%s", r"\boxed{3} or \boxed{%s}", r"$%s$ \boxed{}", r"\boxed{%s}}}",
-    r"$%s$", r"The final answer is $\boxed{%s}$. I hope it is correct.", r"\boxed %s", r"\boxed{\text{%s}}", "% \\boxed{%s}".replace("% ", "%% "),
+FRAMES = [
+    *[r"\boxed{%s}"] * 6, r"So the answer is $\boxed{%s}$.", r"\[\boxed{%s}\]", r"\boxed{%s", r"\boxed{3} or \boxed{%s}",
+    r"$%s$ \boxed{}", r"\boxed{%s}}}", r"$%s$", r"The final answer is $\boxed{%s}$. I hope it is correct.", r"\boxed %s",
+    r"\boxed{\text{%s}}", r"%% \boxed{%s}",
 ]  # fmt: skip
 ENTRIES = [entry for entry in corpus() if len(entry.response) < 2000]
 
@@ -97,7 +116,8 @@ def mutations(draw: st.DrawFn) -> tuple[str, str]:
         start = draw(st.integers(0, len(text)))
         stop = min(len(text), start + draw(st.integers(0, 12)))
         piece = text[start:stop]
-        new = draw(st.sampled_from(["", piece * 2, piece[::-1], "{", "}", "\\", "^", "7", "\x00"]) | ATOMS | st.text(max_size=3))
+        known = st.sampled_from(["", piece * 2, piece[::-1], "{", "}", "\\", "^", "7", "\x00"])
+        new = draw(known | ATOMS | st.text(max_size=3))
         text = text[:start] + new + text[stop:]
     return text, entry.gold
 
@@ -148,8 +168,8 @@ class Tally:
     def __str__(self) -> str:
         verdicts = ", ".join(f"{count} {name}" for name, count in self.verdicts.items())
         return (
-            f"{self.count} answers ({self.asked} reached math-verify): {verdicts}; {self.killed} workers killed; slowest verdict "
-            f"{self.slowest:.3f} s ({self.slowest_case!r:.80}); peak memory of a worker {self.peak / 2**20:.0f} MiB"
+            f"{self.count} answers ({self.asked} reached math-verify): {verdicts}; {self.killed} workers killed; slowest "
+            f"verdict {self.slowest:.3f} s ({self.slowest_case!r:.80}); peak memory of a worker {self.peak / 2**20:.0f} MiB"
         )
 
 

@@ -68,7 +68,11 @@ def test_no_text_was_run_as_code(watched: tuple[Judge, Path, Path]) -> None:
     numbers, strange = 0, []
     for line in report.read_text().splitlines():
         event, _, what = line.partition(" ")
-        if event == "compile" and (source := ast.literal_eval(what)[0]) is not None and HARMLESS.fullmatch(source.strip()):
+        if (
+            event == "compile"
+            and (source := ast.literal_eval(what)[0]) is not None
+            and HARMLESS.fullmatch(source.strip())
+        ):
             numbers += source.startswith(b"Integer")
         elif event != "exec" or not any(place in what for place in (*LIBRARIES, "<string>")):
             strange.append(line)
@@ -116,7 +120,7 @@ def test_a_verdict_that_evaluates_text_is_ended(tmp_path: Path, monkeypatch: pyt
 
 
 DEEDS: dict[str, Callable[[], object]] = {
-    "write a file": lambda: open("canary", "w"),
+    "write a file": lambda: Path("canary").write_text("x"),
     "run a program": lambda: subprocess.run(["touch", "canary"]),
     "run a shell": lambda: os.system("touch canary"),
     "make a folder": lambda: os.mkdir("canary"),
@@ -129,7 +133,9 @@ DEEDS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
-def test_a_verdict_that_acts_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: Callable[[], object]) -> None:
+def test_a_verdict_that_acts_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: Callable[[], object]
+) -> None:
     """What code hidden in an answer would be for; one that does nothing of it gives its verdict."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept").touch()
@@ -148,7 +154,11 @@ def deep(level: int) -> int:
     return 1 + deep(level + 1)
 
 
-EXHAUSTING: dict[str, Callable[[], object]] = {"stack": lambda: deep(0), "memory": lambda: bytes(2**50), "big number": lambda: 1 << 2**45}
+EXHAUSTING: dict[str, Callable[[], object]] = {
+    "stack": lambda: deep(0),
+    "memory": lambda: bytes(2**50),
+    "big number": lambda: 1 << 2**45,
+}
 
 
 @pytest.mark.parametrize("work", EXHAUSTING.values(), ids=EXHAUSTING)

@@ -40,10 +40,11 @@ def refused(capsys: pytest.CaptureFixture[str], root: Path, command: list[str], 
     capsys.readouterr()
     before = tree(root)
     assert main(command) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("cppo: ")]
     assert "Traceback" not in err and len(lines) == 1, err
-    assert lines[0].startswith(f"cppo: error: {path}") and all(part in lines[0] for part in parts) and len(lines[0]) < 600, lines
+    assert lines[0].startswith(f"cppo: error: {path}") and all(part in lines[0] for part in parts), lines
+    assert len(lines[0]) < 600
     assert tree(root) == before
 
 
@@ -82,7 +83,8 @@ def test_scores(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFix
     """In the table of a run, and in the rows of one checkpoint that an interrupted evaluation left."""
     shop, root, config = run
     _, evaluate, collect = shop.everything(root)
-    for path, command in ((root / config.folder / "scores.csv", collect), (root / config.folder / "scores" / "step-1.csv", evaluate)):
+    folder = root / config.folder
+    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "step-1.csv", evaluate)):
         whole = path.read_text()
         lines = whole.splitlines()
         cells = lines[2].split(",")
@@ -94,17 +96,22 @@ def test_scores(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a,b\n1,2\n", b"\0" * 50, b'"', b"{}"], ids=repr)
-def test_files_that_are_no_scores(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+def test_files_that_are_no_scores(
+    run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
     shop, root, config = run
     _, evaluate, collect = shop.everything(root)
-    for path, command in ((root / config.folder / "scores.csv", collect), (root / config.folder / "scores" / "step-1.csv", evaluate)):
+    folder = root / config.folder
+    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "step-1.csv", evaluate)):
         whole = path.read_bytes()
         path.write_bytes(content)
         refused(capsys, root, command, path)
         path.write_bytes(whole)
 
 
-def test_configurations_of_run_directories(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_configurations_of_run_directories(
+    run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Evaluation reads config.json, tables read DONE and provenance.json."""
     shop, root, config = run
     _, evaluate, collect = shop.everything(root)
@@ -133,7 +140,8 @@ def test_problem_files_of_lm_eval(run: tuple[Workshop, Path, RunConfig], capsys:
         part.unlink()
     path = root / config.base.data / "chain1.jsonl"
     lines = path.read_text().splitlines()
-    for bad, says in (("{", "not a JSON object"), (json.dumps({"question": "x"}), "fields"), (lines[1].replace('"answer": "', '"answer": "1'), "edited")):
+    edited = lines[1].replace('"answer": "', '"answer": "1')
+    for bad, says in (("{", "not a JSON object"), (json.dumps({"question": "x"}), "fields"), (edited, "edited")):
         path.write_text("\n".join([lines[0], bad, *lines[2:]]) + "\n")
         refused(capsys, root, evaluate, path, ":2: ", says)
 
@@ -162,7 +170,9 @@ def test_problem_rows(tmp_path: Path) -> None:
             assert read_problems(path)[::2] == rows[::2] and read_problems(path)[1].id == rows[1].id
         except ValueError as error:
             message = str(error)
-            assert message.startswith(str(path)) and len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
+            assert (
+                message.startswith(str(path)) and len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
+            )
             assert ":2: " in message or "UTF-8" in message
             refusals += 1
     assert refusals > 50

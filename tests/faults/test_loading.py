@@ -47,7 +47,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+AUTO_MAP = {
+    "AutoConfig": "evil.Config",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"],
+}
 
 
 def refusal(folder: Path, load: Any = load_pretrained) -> str:
@@ -93,9 +97,23 @@ def test_pickled_weights_are_refused(checkpoint: Path, tmp_path: Path, name: str
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     says = refusal(checkpoint)
     assert "safetensors" in says
-    if name == "pytorch_model.bin":
-        assert name in says and "never" in says
+    if name != "model.safetensors":
+        assert name in says and "pickled weights are never loaded" in says
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "", None, ["x"]])
+def test_weights_are_read_from_the_folder_only(checkpoint: Path, name: object) -> None:
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}))
+    assert "weight_map" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["evil/kernel", "evil/kernel@main:f", {"": "evil/kernel"}, "flash|evil/kernel"])
+def test_no_code_from_a_repository_that_the_configuration_names(checkpoint: Path, key: str, value: object) -> None:
+    edit(checkpoint / "config.json", **{key: value})
+    assert f"config.json: {key}: " in refusal(checkpoint)
 
 
 def test_a_pickle_beside_good_weights_is_ignored(checkpoint: Path, tmp_path: Path) -> None:
@@ -125,7 +143,9 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, file: str, content: 
     refusal(checkpoint, load_tokenizer if file == "tokenizer.json" else load_pretrained)
 
 
-@pytest.mark.parametrize("changes", [{"vocab_size": "x"}, {"vocab_size": -1}, {"hidden_size": 32}, {"model_type": "nope"}, {"model_type": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": "x"}, {"vocab_size": -1}, {"hidden_size": 32}, {"model_type": "nope"}, {"model_type": 3}]
+)
 def test_impossible_checkpoints_are_one_line(checkpoint: Path, changes: dict[str, Any]) -> None:
     edit(checkpoint / "config.json", **changes)
     refusal(checkpoint)
@@ -142,7 +162,9 @@ def test_no_setting_and_no_source_line_trusts_remote_code() -> None:
                 depth += {"(": 1, ")": -1}.get(text[end], 0)
                 end += 1
             assert "trust_remote_code=False" in text[call.start() : end], f"{path}: {text[call.start() : end]}"
-        assert not re.search(r"trust_remote_code\s*=\s*True|\btorch\.load\(|\bpickle\b|\bjoblib\b|\bdill\b|allow_pickle=True", text), path
+        assert not re.search(
+            r"trust_remote_code\s*=\s*True|torch\.load\(|import pickle|joblib|dill|allow_pickle=True", text
+        ), path
 
 
 # The audit hook of the smoke suite ------------------------------------------------------------------------------------
@@ -159,7 +181,9 @@ def test_the_hook_ends_a_process_that_unpickles(tmp_path: Path) -> None:
     file.write_bytes(pickle.dumps(Touch(tmp_path / "canary")))
     read = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
     slow = "import pickle, sys\ntry: pickle._Unpickler(open(sys.argv[1], 'rb')).load()\nexcept BaseException: pass"
-    child = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {read!r}, sys.argv[1]]).returncode)"
+    child = (
+        f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {read!r}, sys.argv[1]]).returncode)"
+    )
     for code in (read, slow, child):
         done = python(code, str(file))
         assert done.returncode == 66 and "audit: " in done.stderr and "Path.touch" in done.stderr, (code, done)
@@ -167,11 +191,13 @@ def test_the_hook_ends_a_process_that_unpickles(tmp_path: Path) -> None:
 
 
 def test_the_hook_lets_plain_data_and_multiprocessing_through() -> None:
-    code = "import multiprocessing, pickle, pathlib\nif __name__ == '__main__':\n    pickle.loads(pickle.dumps({'a': [1, 'x']}))\n"
+    code = "import multiprocessing, pickle, pathlib\nif __name__ == '__main__':\n"
+    code += "    pickle.loads(pickle.dumps({'a': [1, 'x']}))\n"
     code += "    with multiprocessing.get_context('fork').Pool(1) as pool: print(pool.apply(pathlib.Path, ('a',)))"
     done = python(code)
     assert done.returncode == 0 and done.stdout == "a\n", done.stderr
 
 
 def test_the_smoke_suite_runs_under_the_hook() -> None:
-    assert "PYTHONPATH=$(CURDIR)/tests/faults/audit" in (ROOT / "Makefile").read_text().split("\nsmoke:")[1].split("\n\n")[0]
+    recipe = (ROOT / "Makefile").read_text().split("\nsmoke:")[1].split("\n\n")[0]
+    assert "PYTHONPATH=$(CURDIR)/tests/faults/audit" in recipe

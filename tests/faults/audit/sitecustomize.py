@@ -7,7 +7,8 @@ name at its start. Exempt is what multiprocessing sends itself through its own p
 import os
 import sys
 
-EXEMPT = tuple(os.path.join("multiprocessing", f"{name}.py") for name in "connection pool queues spawn forkserver managers".split())
+PIPES = "connection pool queues spawn forkserver managers".split()
+EXEMPT = tuple(os.path.join("multiprocessing", f"{name}.py") for name in PIPES)
 """Files whose functions may unpickle: both ends are processes of one program."""
 CODE = 66
 """Exit code of a process that was ended."""

@@ -9,8 +9,9 @@ import sys
 STARTED = os.getpid()
 LOG = os.environ.get("CPPO_WATCHED")
 WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CODE = ("compile", "subprocess.", "socket.", "ctypes.", "pickle.", "shutil.", "code.") + tuple(
-    f"os.{name}" for name in "system exec posix_spawn spawn fork remove rename mkdir rmdir chmod putenv kill".split()
+CODE = tuple(
+    "compile subprocess. socket. ctypes. pickle. shutil. os.system os.exec os.posix_spawn os.spawn os.fork os.remove os.rename"
+    " os.mkdir os.rmdir os.chmod os.putenv os.kill".split()
 )
 
 
