@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.hub import fetch
-from cppo.policy import EOS, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
+from cppo.policy import EOS, check_harmless, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem, demonstrations
 from cppo.prompts import short_enough
 from cppo.provenance import provenance
@@ -120,6 +120,7 @@ def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTo
     except (OSError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or ["no fast tokenizer"])[0]
         raise ValueError(f"{folder}: not a checkpoint that transformers can load: {reason}") from None
+    check_harmless(folder)
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in shards if not (folder / name).is_file())

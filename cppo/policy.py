@@ -89,7 +89,7 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
     Never runs code from the folder and never unpickles.
     """
     folder = Path(folder)
-    _check_harmless(folder)
+    check_harmless(folder)
     model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, use_safetensors=True)
     assert isinstance(model, PreTrainedModel)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -97,7 +97,7 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
     return model
 
 
-def _check_harmless(folder: Path) -> None:
+def check_harmless(folder: Path) -> None:
     """ValueError for a checkpoint whose own files would have transformers unpickle, run code or read elsewhere.
 
     Not all of that is left to `trust_remote_code` and `use_safetensors`: transformers (5.17) unpickles what an index of
@@ -109,7 +109,8 @@ def _check_harmless(folder: Path) -> None:
     for key, value in config.items():
         if key.lower().endswith(("_implementation", "_implementation_internal")) and not _is_plain(value):
             raise ValueError(
-                f"{folder / 'config.json'}: {key}: {value!r:.80} may name code in a repository, which is never run; remove the key"
+                f"{folder / 'config.json'}: {key}: {value!r:.80} may name code in a repository, which is never run; "
+                "remove the key"
             )
     index = folder / "model.safetensors.index.json"
     files = read_json(index).get("weight_map") if index.is_file() else {}

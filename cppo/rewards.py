@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass, field
 from types import TracebackType
 
-DEADLINE_SECONDS = 0.95
+DEADLINE_SECONDS = 0.9
 """Wall time of a verdict, after which the kernel ends the process that looks for it; the rest of a second is for that end."""
 LATE_SECONDS = 5.0
 """How much later than the deadline an answer may come on a busy machine, before the worker as a whole is replaced."""
