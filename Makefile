@@ -39,11 +39,13 @@ check: $(INSTALLED)  ## linters, types, formats of code and workflow
 mutation: $(INSTALLED)  ## apply deliberate bugs one at a time; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py
 
-faults: $(INSTALLED)  ## 120 SIGKILLs in every phase of a run, compared with one never stopped; exit code 1 on a difference
+faults: $(INSTALLED)  ## 120 SIGKILLs compared with a run never stopped, 10,000 hostile answers, 200 bad suites
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --kills 120 2> faults.log || { tail -20 faults.log; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/answers.py --cases 10000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/suites.py --count 200
 
-smoke: $(INSTALLED)  ## the whole graph at the smallest size
-	$(SNAKEMAKE) --config suite=smoke
+smoke: $(INSTALLED)  ## the whole graph at the smallest size; a process that unpickles anything is ended
+	PYTHONPATH=$(CURDIR)/tests/faults/audit $(SNAKEMAKE) --config suite=smoke
 
 figures: $(INSTALLED)  ## redraw every published table and figure from results/, training nothing
 	$(SNAKEMAKE) -F paper_figures

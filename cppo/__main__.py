@@ -126,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> None:
     config = read_config(folder)
     data = config.base.data if isinstance(config, RunConfig) else config.data
     with locked(folder):
-        score(config, folder, folder.parents[2] / data)
+        score(config, folder, folder.resolve().parents[2] / data)
 
 
 def runs(args: argparse.Namespace) -> None:

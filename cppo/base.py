@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.hub import fetch
-from cppo.policy import EOS, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
+from cppo.policy import EOS, check_harmless, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem, demonstrations
 from cppo.prompts import short_enough
 from cppo.provenance import provenance
@@ -45,25 +45,27 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) 
     examples = demonstrations(task, config.setting)
     log: list[dict[str, float]] = []
     bar = tqdm(range(1, plan.max_steps + 1), desc=f"base {config.setting}", unit="step", mininterval=2)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, plan.lr, plan.warmup_steps, plan.max_steps)
-        loss = _loss(model, tokenizer, list(itertools.islice(examples, plan.batch)))
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % plan.check_every == 0:
-            accuracy = sampled_accuracy(model, tokenizer, problems, config)
-            log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
-            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
-            if accuracy >= plan.target_accuracy:
-                break
-    else:
-        raise ValueError(
-            f"warm_start of setting {config.setting}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
-            f"{plan.max_steps} is below target_accuracy {plan.target_accuracy}; raise max_steps or lower the target"
-        )
+    with Judge() as judge:
+        judge.start()
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(step, plan.lr, plan.warmup_steps, plan.max_steps)
+            loss = _loss(model, tokenizer, list(itertools.islice(examples, plan.batch)))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % plan.check_every == 0:
+                accuracy = sampled_accuracy(model, tokenizer, problems, config, judge)
+                log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
+                if accuracy >= plan.target_accuracy:
+                    break
+        else:
+            raise ValueError(
+                f"warm_start of setting {config.setting}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
+                f"{plan.max_steps} is below target_accuracy {plan.target_accuracy}; raise max_steps or lower the target"
+            )
     with whole_folder(folder / "checkpoints" / "step-0") as checkpoint:
         save_pretrained(model, checkpoint, tokenizer)
     write_whole(folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -118,6 +120,7 @@ def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTo
     except (OSError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or ["no fast tokenizer"])[0]
         raise ValueError(f"{folder}: not a checkpoint that transformers can load: {reason}") from None
+    check_harmless(folder)
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in shards if not (folder / name).is_file())
@@ -165,7 +168,11 @@ def _loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: 
 
 
 def sampled_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: tuple[Problem, ...], config: BaseConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: tuple[Problem, ...],
+    config: BaseConfig,
+    judge: Judge,
 ) -> float:
     """Share of right answers at temperature 1, one response to each of the first training problems."""
     asked = list(itertools.islice(itertools.cycle(problems), CHECK_RESPONSES))
@@ -173,6 +180,5 @@ def sampled_accuracy(
     noise = uniforms(len(asked), config.plan.rollout.max_response_tokens, "warm start check", config.setting)
     rollouts = TorchEngine(model).generate(prompts, noise, temperature=1.0)
     texts = tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-    with Judge() as judge:
-        verdicts = [judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
+    verdicts = [judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
     return sum(v == 1.0 for v in verdicts) / len(verdicts)

@@ -30,6 +30,10 @@ Positive = Annotated[float, Field(gt=0)]
 Betas = tuple[Share, Share]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Parsed = TypeVar("Parsed", bound=BaseModel)
+MAX_BYTES = 2**18
+"""Of a suite's file."""
+MAX_NODES = 100_000
+"""Of a suite's YAML, aliases written out."""
 
 
 class Config(BaseModel):
@@ -663,7 +667,7 @@ def read_config(folder: Path) -> RunConfig | BaseConfig:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: missing or not JSON; train the run (or make the base model) first") from None
     config = parse_run(raw, str(path))
     if config.id != folder.name:
@@ -701,6 +705,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, str):
@@ -718,12 +724,21 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 def _read_yaml(path: Path) -> object:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as source:
+            content = source.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{path}: longer than {MAX_BYTES} bytes, which no suite is; see config/mini.yaml")
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"{path}: cannot be read ({reason}); suites are YAML files such as config/mini.yaml") from None
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_aliases(node, {})
+        return loader.construct_document(node)  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyError) as error:
         # PyYAML raises the last two for !!timestamp and !!bool before text that is neither.
         mark = getattr(error, "problem_mark", None)
@@ -732,10 +747,32 @@ def _read_yaml(path: Path) -> object:
         raise ValueError(f"{path}:{line} not valid YAML: {_one_line(problem)}") from None
 
 
+def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """How many nodes this one is when its aliases are written out; a YAMLError when too many, or when it contains itself.
+
+    A few hundred bytes of aliases of aliases may stand for more than any memory holds.
+    """
+    key = id(node)
+    if key not in sizes:
+        sizes[key] = None  # being counted
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [child for entry in below for child in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[key] = 1 + sum(_check_aliases(child, sizes) for child in children)
+    size = sizes[key]
+    if size is None:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it names", node.start_mark)
+    if size > MAX_NODES:
+        problem = f"more than {MAX_NODES} values once its aliases are written out"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return size
+
+
 def _unique(values: Any, what: str) -> None:
+    seen: set[Any] = set()
     for value in values:
-        if list(values).count(value) > 1:
+        if value in seen:
             raise ValueError(f"{what} {value!r} is given twice")
+        seen.add(value)
 
 
 def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> ObjectiveEntry:

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from cppo.config import BaseConfig, MathTask, RunConfig, Task
 from cppo.files import write_whole
+from cppo.lm_task import judge
 from cppo.policy import load_pretrained, load_tokenizer
 from cppo.prompts import encode
 from cppo.rollout.torch_engine import TorchEngine
@@ -108,6 +109,7 @@ def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
     Each checkpoint's rows are kept under scores/ as they come, so an interrupted evaluation continues.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    judge().start()  # before anything is sampled: it may be impossible
     tasks = TaskManager(include_path=str(data / "lm_eval"), include_defaults=False)
     for checkpoint in _checkpoints(folder):
         step = _step(checkpoint)
@@ -186,11 +188,26 @@ def write_scores(path: Path, scores: list[Score]) -> None:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The rows of `write_scores`. Raises ValueError naming the file when the columns differ."""
-    names = [f.name for f in fields(Score)]
-    with path.open(newline="", encoding="utf-8") as source:
-        reader = csv.DictReader(source)
-        if reader.fieldnames != names:
-            raise ValueError(f"{path}: columns are not {', '.join(names)}; delete it and evaluate again")
-        types = {f.name: f.type for f in fields(Score)}
-        return [Score(**{k: types[k](v) for k, v in row.items()}) for row in reader]  # type: ignore[operator]
+    """The rows of `write_scores`. Raises ValueError naming the file, and line and column where one is wrong."""
+    types = {f.name: f.type for f in fields(Score)}
+    remedy = "delete it and evaluate again"
+    found = []
+    try:
+        with path.open(newline="", encoding="utf-8") as source:
+            reader = csv.reader(source, strict=True)
+            if next(reader, None) != list(types):
+                raise ValueError(f"{path}: columns are not {', '.join(types)}; {remedy}")
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if len(row) != len(types):
+                    raise ValueError(f"{where}: {len(row)} values for {len(types)} columns; {remedy}")
+                values = {}
+                for (name, kind), text in zip(types.items(), row, strict=True):
+                    try:
+                        values[name] = kind(text)  # type: ignore[operator]
+                    except ValueError:
+                        raise ValueError(f"{where}: {name}: {text!r:.60} is not a number; {remedy}") from None
+                found.append(Score(**values))
+    except (csv.Error, UnicodeDecodeError):
+        raise ValueError(f"{path}: not a CSV table; {remedy}") from None
+    return found

@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError naming the file when it is missing, damaged or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: missing or not JSON; make it again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: not a JSON object; make it again")

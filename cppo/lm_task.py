@@ -64,14 +64,14 @@ def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
 
 def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
     """Judge all samples of one problem: avg = right ones among the judged, unjudged = share without a verdict."""
-    verdicts = [_judge().verdict(response, doc["answer"]) for response in results[0]]
+    verdicts = [judge().verdict(response, doc["answer"]) for response in results[0]]
     judged = [v for v in verdicts if v is not None]
     return {"avg": sum(judged) / max(len(judged), 1), "unjudged": 1 - len(judged) / len(verdicts)}
 
 
 @lru_cache(maxsize=1)
-def _judge() -> Judge:
+def judge() -> Judge:
     """One judge a process; lm-eval calls plain functions, so there is nobody to hand it in."""
-    judge = Judge()
-    atexit.register(judge.close)
-    return judge
+    found = Judge()
+    atexit.register(found.close)
+    return found

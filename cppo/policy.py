@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from cppo.config import Model
+from cppo.files import read_json
 from cppo.problems import SPECIAL, VOCABULARY
 from cppo.seeds import seed
 
@@ -84,26 +84,75 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTr
 
 
 def load_pretrained(folder: str | Path) -> PreTrainedModel:
-    """The float32 model in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no Hugging Face checkpoint (config.json is missing)")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
+    """The float32 model in a checkpoint folder. Raises ValueError when there is none.
+
+    Never runs code from the folder and never unpickles.
+    """
+    folder = Path(folder)
+    check_harmless(folder)
+    model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, use_safetensors=True)
     assert isinstance(model, PreTrainedModel)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
     return model
 
 
+def check_harmless(folder: Path) -> None:
+    """ValueError for a checkpoint whose own files would have transformers unpickle, run code or read elsewhere.
+
+    Not all of that is left to `trust_remote_code` and `use_safetensors`: transformers (5.17) unpickles what an index of
+    safetensors names, and takes an attention's implementation from a repository that config.json names.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no Hugging Face checkpoint (config.json is missing)")
+    config = read_json(folder / "config.json")
+    for key, value in config.items():
+        if key.lower().endswith(("_implementation", "_implementation_internal")) and not _is_plain(value):
+            raise ValueError(
+                f"{folder / 'config.json'}: {key}: {value!r:.80} may name code in a repository, which is never run; "
+                "remove the key"
+            )
+    index = folder / "model.safetensors.index.json"
+    files = read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(files, dict):
+        raise ValueError(f"{index}: weight_map: not an object; take the checkpoint again from where it was published")
+    for name in files.values():
+        if not (isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name):
+            raise ValueError(
+                f"{index}: weight_map: {name!r:.80} is no safetensors file of this folder; pickled weights are never loaded"
+            )
+    if not list(folder.glob("*.safetensors")):
+        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "nothing else"
+        raise ValueError(
+            f"{folder}: holds no weights as safetensors but {pickled}; pickled weights are never loaded, as they may run code: "
+            "convert them where you trust them, with save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def _is_plain(implementation: object) -> bool:
+    """Whether this is nothing, or the name of something in transformers itself."""
+    return implementation is None or (isinstance(implementation, str) and implementation.isidentifier())
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a checkpoint folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    """The tokenizer in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
+    tokenizer = _loaded(AutoTokenizer, Path(folder))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: its tokenizer is no fast one (tokenizer.json is missing or of another kind)")
     return tokenizer
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
+    """transformers' object from a local folder. A damaged or hostile folder fails in many ways there, each one line here."""
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # tokenizers and safetensors raise nothing narrower
+        reason = " ".join("".join(c if c.isprintable() else " " for c in f"{error or type(error).__name__}").split())[
+            :300
+        ]
+        if "trust_remote_code" in str(error):
+            reason = "it wants code of its own run (auto_map), which is never done; take one that transformers knows by itself"
+        raise ValueError(f"{folder}: not a loadable checkpoint: {reason}") from None
 
 
 @dataclass(frozen=True)

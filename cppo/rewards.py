@@ -1,32 +1,57 @@
 """Verdicts on model answers: right (1.0), wrong (0.0), or could not judge (None: counted, never taken as wrong).
 
 The answer is what stands in the response's box (`\\boxed{...}`); a response without one is wrong, one that merely contains
-the number is too. Plain integers are compared here; everything else goes to math-verify in a child process with a memory
-limit, which is killed when it misses its deadline: a model's text can keep a computer-algebra system busy for ever.
-Verdict and text cross the pipe as JSON lines; nothing is unpickled or evaluated.
+the number is too. A box counts wherever it stands (a response is plain text, where `%` starts no comment), and several must
+agree. Plain integers are compared here; everything else goes to math-verify in a process of its own
+(`cppo.verify_worker`) with a limit on memory and time: a model's text can keep a computer-algebra system busy for ever.
+Text and verdict cross the pipe as JSON lines; nothing is unpickled or evaluated.
 """
 
 import json
+import os
 import re
 import selectors
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from types import TracebackType
 
-DEADLINE_SECONDS = 1.0
-"""Longest wall time for one verdict."""
+DEADLINE_SECONDS = 0.9
+"""Wall time of a verdict, after which the kernel ends the process that looks for it; the rest of a second is for that end."""
+LATE_SECONDS = 5.0
+"""How much later than the deadline an answer may come on a busy machine, before the worker as a whole is replaced."""
 START_SECONDS = 60.0
-"""Longest wall time for a worker to start (it imports sympy)."""
+"""Longest wall time for the worker to start (it imports sympy); once a judge, and no part of a verdict."""
 MEMORY_BYTES = 2**30
-"""Address space of a worker."""
+"""Address space of a verdict."""
 CACHED = 100_000
 """Verdicts that are remembered."""
 MAX_CHARACTERS = 20_000
-"""A longer answer is not judged (None): a genuine boxed answer is short."""
+"""Of a longer response only the end is read; without a box in it there is no verdict: a genuine boxed answer is short."""
 
 _INTEGER = re.compile(r"\\boxed\{\s*([-+]?\d{1,18})\s*\}")
 _PLAIN = re.compile(r"[-+]?\d{1,18}")
+_OPENING = re.compile(r"\\boxed\s*\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def boxes(response: str) -> list[str]:
+    """The outermost `\\boxed{...}` of a response, with their commands; one that is never closed is none."""
+    found, end = [], 0
+    for opening in _OPENING.finditer(response):
+        if opening.start() < end:
+            continue
+        depth = 0
+        for brace in _BRACES.finditer(response, opening.end() - 1):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                end = brace.end()
+                found.append(response[opening.start() : end])
+                break
+        else:
+            break  # nothing after it is closed either
+    return found
 
 
 def fast_verdict(response: str, gold: str) -> float | None:
@@ -35,13 +60,13 @@ def fast_verdict(response: str, gold: str) -> float | None:
     >>> fast_verdict(r"3+4=7\\boxed{7}", "7"), fast_verdict("7", "7"), fast_verdict(r"\\boxed{14/2}", "7")
     (1.0, 0.0, None)
     """
-    boxes = response.count("\\boxed")
-    if boxes == 0:
+    count = response.count("\\boxed")
+    if count == 0:
         return 0.0
     found = _INTEGER.findall(response)
-    if boxes == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
+    if count == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
         return float(int(found[0]) == int(gold))
-    return None
+    return None if boxes(response) else 0.0
 
 
 def overlong_penalty(length: int, longest: int, buffer: int) -> float:
@@ -61,8 +86,12 @@ class Judge:
 
     deadline: float = DEADLINE_SECONDS
     killed: int = 0
-    """Workers killed or lost so far; each left one response unjudged."""
+    """Processes lost while they looked for a verdict (deadline, crash); each left one response unjudged."""
+    unjudged: int = 0
+    """Responses without a verdict so far, for whatever reason."""
     _worker: subprocess.Popen[str] | None = field(default=None, repr=False)
+    _owner: int = field(default=0, repr=False)
+    """Process that started the worker; one forked from it must not read answers to the other's questions."""
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[str, str], float] = {}
@@ -74,16 +103,18 @@ class Judge:
         self.close()
 
     def verdict(self, response: str, gold: str) -> float | None:
-        """1.0 right, 0.0 wrong, None could not judge. Both are plain text; the gold answer without its box."""
+        """1.0 right, 0.0 wrong, None could not judge. Both are plain text; the gold answer without its box.
+
+        Raises ValueError when the worker cannot be started.
+        """
         fast = fast_verdict(response, gold)
         if fast is not None:
             return fast
-        if len(response) > MAX_CHARACTERS:
-            return None
-        key = (response, gold)
+        key = (response[-MAX_CHARACTERS:], gold)
         if key not in self._known:
-            found = self._ask(response, gold)
+            found = self._ask(*key) if "\\boxed" in key[0] else None
             if found is None:
+                self.unjudged += 1
                 return None  # not remembered: a busy machine may have caused it
             if len(self._known) >= CACHED:
                 self._known.clear()
@@ -91,49 +122,57 @@ class Judge:
         return self._known[key]
 
     def _ask(self, response: str, gold: str) -> float | None:
-        worker = self._running()
-        assert worker.stdin is not None
+        line = json.dumps([response, gold, self.deadline]) + "\n"
         try:
-            worker.stdin.write(json.dumps([response, gold]) + "\n")
-            worker.stdin.flush()
-        except BrokenPipeError:
-            self._lost()
+            worker = self._send(line)
+        except BrokenPipeError:  # it was dead already, which is no fault of this response
+            self.close()
+            worker = self._send(line)
+        answer = _read_line(worker, self.deadline + LATE_SECONDS)
+        if answer is None:
+            self.close()
+        found = "lost" if answer is None else json.loads(answer)
+        if found == "lost":
+            self.killed += 1
             return None
-        line = _read_line(worker, self.deadline)
-        if line is None:
-            self._lost()
-            return None
-        verdict = json.loads(line)
-        return None if verdict is None else float(verdict)
+        return None if found is None else float(found)
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._worker is None:
+    def _send(self, line: str) -> subprocess.Popen[str]:
+        self.start()
+        assert self._worker is not None and self._worker.stdin is not None
+        self._worker.stdin.write(line)
+        self._worker.stdin.flush()
+        return self._worker
+
+    def start(self) -> None:
+        """Have the worker ready. Raises ValueError, one line with its reason, when it cannot be started."""
+        if self._worker is not None and self._owner == os.getpid():
+            return
+        self._owner = os.getpid()
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
             self._worker = subprocess.Popen(
                 [sys.executable, "-m", "cppo.verify_worker", str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=complaints,
                 text=True,
                 encoding="utf-8",
             )
             if _read_line(self._worker, START_SECONDS) is None:
                 self.close()
-                raise RuntimeError(
-                    "the math-verify worker did not start; run `python -m cppo.verify_worker` to see why"
+                complaints.seek(0)
+                said = complaints.read().strip().splitlines() or [f"it was not ready within {START_SECONDS:.0f} s"]
+                raise ValueError(
+                    f"the math-verify worker does not start: {said[-1]}; "
+                    f'`python -m cppo.verify_worker {MEMORY_BYTES}` must print "ready"'
                 )
-        return self._worker
-
-    def _lost(self) -> None:
-        """Replace a worker that missed its deadline or died; its response stays unjudged."""
-        self.killed += 1
-        self.close()
 
     def close(self) -> None:
         """End the worker."""
-        if self._worker is not None:
+        if self._worker is not None and self._owner == os.getpid():
             self._worker.kill()
             self._worker.communicate()
-            self._worker = None
+        self._worker = None
 
 
 def _read_line(worker: subprocess.Popen[str], seconds: float) -> str | None:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cppo.config import BaseConfig, RunConfig, Suite, parse, parse_run
-from cppo.files import partial_of, write_whole, writing
+from cppo.files import partial_of, read_json, write_whole, writing
 from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
@@ -23,6 +24,7 @@ SUMS = "SHA256SUMS"
 """What `publish` writes beside the tables, in the format of sha256sum."""
 TOKEN_ROWS = 3
 """Responses of a dump that enter the tokens table: it is committed, and the figure shows one."""
+TIMES = ["total", "tokens", "rollout", "update"]
 KEY = ["run", "label", "setting", "seed"]
 CURVES = (
     "reward accuracy unjudged response_length truncated entropy divergence mask_share mask_share/threshold"
@@ -48,6 +50,8 @@ COLUMNS = {
 """Columns of each table; runs has those of provenance.json too."""
 TEXT = dict.fromkeys("run label setting benchmark problem objective status code_version commit token".split(), str)
 """Columns that stay text when read: ten hex digits may look like a number, a label like a missing value."""
+WORDS = {*TEXT, "python", "machine", *PACKAGES}
+"""Columns that need not be numbers."""
 
 
 def collect(suite: Suite, root: Path, out: Path) -> None:
@@ -91,11 +95,47 @@ def _write(table: pd.DataFrame, path: Path) -> None:
         os.replace(partial_of(whole), whole)
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path, numbers: Sequence[str], lists: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a stream, each with these numbers and lists. Raises ValueError naming file, line and key."""
+    remedy = f"delete {path.parent} and run it again"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        raise ValueError(f"{path}: missing or not JSON lines; delete {path.parent} and run it again") from None
+        raise ValueError(f"{path}: missing or not JSON lines; {remedy}") from None
+    rows = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object; {remedy}")
+        for name in lists:
+            values = row.get(name)
+            if not isinstance(values, list) or len(values) != len(row[lists[0]]):
+                raise ValueError(f"{path}:{number}: {name}: not a list as long as {lists[0]}; {remedy}")
+            if not all(isinstance(value, str) if name == "token" else _is_number(value) for value in values):
+                what = "texts" if name == "token" else "numbers"
+                raise ValueError(f"{path}:{number}: {name}: expected a list of {what}; {remedy}")
+        for name in dict.fromkeys([*numbers, *(name for name in row if name not in lists)]):
+            value = row.get(name)
+            if not _is_number(value) and (name in numbers or value is not None):
+                raise ValueError(f"{path}:{number}: {name!r:.60}: expected a number, got {value!r:.60}; {remedy}")
+        rows.append(row)
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    """A JSON number that a table can hold; true and false are none."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _value(path: Path, name: str, kind: type) -> Any:
+    """One entry of the JSON object in a file. Raises ValueError naming file and key."""
+    value = read_json(path).get(name)
+    if type(value) is not kind:
+        raise ValueError(f"{path}: {name}: expected {kind.__name__}, got {value!r:.60}; delete it and run it again")
+    return value
 
 
 def _key(config: RunConfig | BaseConfig) -> dict[str, Any]:
@@ -107,35 +147,33 @@ def _keyed(config: RunConfig, rows: list[dict[str, Any]], columns: list[str]) ->
 
 
 def _run_row(config: RunConfig | BaseConfig, folder: Path) -> pd.DataFrame:
-    done = _json(folder / "DONE")
-    row: dict[str, Any] = _key(config) | {"status": done["status"]}
+    done = folder / "DONE"
+    row: dict[str, Any] = _key(config) | {"status": _value(done, "status", str)}
     if isinstance(config, RunConfig):
-        timings = pd.DataFrame(_jsonl(folder / "timings.jsonl"))
+        timings = pd.DataFrame(_jsonl(folder / "timings.jsonl", TIMES), columns=TIMES)
         row |= {
             "objective": config.objective.objective,
-            "iterations": done["iterations"],
+            "iterations": _value(done, "iterations", int),
             "seconds": round(timings["total"].sum(), 1),
             "rollout_tokens_per_second": round(timings["tokens"].sum() / timings["rollout"].sum()),
             "update_tokens_per_second": round(timings["tokens"].sum() / timings["update"].sum()),
         }
     else:
         made = "warm start" if config.plan.warm_start else "published"
-        row |= {"objective": made, "iterations": done["steps"]}
-    provenance = _json(folder / "provenance.json")
+        row |= {"objective": made, "iterations": _value(done, "steps", int)}
+    provenance = read_json(folder / "provenance.json")
     columns = dict.fromkeys([*COLUMNS["runs"], *provenance])
     return pd.DataFrame([row | provenance], columns=list(columns))
 
 
 def _curves(config: RunConfig, folder: Path) -> pd.DataFrame:
-    table = _keyed(config, _jsonl(folder / "metrics.jsonl"), ["iteration", *CURVES])
+    table = _keyed(config, _jsonl(folder / "metrics.jsonl", ["iteration"]), ["iteration", *CURVES])
     return table.rename(columns=lambda name: name.replace("/", "_"))
 
 
 def _positions(config: RunConfig, folder: Path) -> pd.DataFrame:
-    rows = pd.DataFrame(
-        _jsonl(folder / "positions.jsonl"),
-        columns=["iteration", "first", "last", "count", "sum", "tail_count", "tail_sum"],
-    )
+    names = ["iteration", "first", "last", "count", "sum", "tail_count", "tail_sum"]
+    rows = pd.DataFrame(_jsonl(folder / "positions.jsonl", names), columns=names)
     every = config.plan.checkpoint_every
     rows["step"] = -(-rows["iteration"] // every) * every
     pooled = rows.groupby(["step", "first", "last"], as_index=False)[["count", "sum", "tail_count", "tail_sum"]].sum()
@@ -159,7 +197,7 @@ def _tokens(config: RunConfig, folder: Path) -> pd.DataFrame:
     rows = [
         {"step": dump["iteration"], "row": dump["row"], "position": t + 1, "delta": dump["delta"]}
         | {name: dump[name][t] for name in lists}
-        for dumps in _by_iteration(_jsonl(folder / "tokens.jsonl")).values()
+        for dumps in _by_iteration(_jsonl(folder / "tokens.jsonl", ["iteration", "row", "delta"], lists)).values()
         for dump in dumps[:TOKEN_ROWS]
         for t in range(len(dump["token"]))
     ]
@@ -255,16 +293,21 @@ def read_table(path: Path, table: str) -> pd.DataFrame:
         raise ValueError(f"{path}: missing; run the suite (`snakemake`) or `python -m cppo collect` first")
     try:
         found = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{path}: not a CSV table; delete it and make it again") from None
     for column in COLUMNS[table]:
         if column not in found:
             raise ValueError(f"{path}: column {column} is missing; delete it and make it again")
+        numbers = found[column] if column in WORDS else pd.to_numeric(found[column], errors="coerce")
+        wrong = found.index[numbers.isna() & found[column].notna()]
+        if len(wrong):
+            value, line = found.loc[wrong[0], column], wrong[0] + 2
+            raise ValueError(f"{path}:{line}: {column}: {value!r:.60} is not a number; delete it and make it again")
     return found
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: missing or not JSON; run `python -m cppo collect` first") from None

@@ -261,11 +261,13 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     """
     if (folder / "DONE").is_file():
         return
+    judge = Judge()
+    judge.start()  # before anything is written or computed: without it some answers cannot be judged
     begin(run, folder, folder / "state", provenance())
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     total, status = run.plan.iterations, "finished"
     bar = tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5)
-    with Terminated() as terminated, Judge() as judge, bar:
+    with judge, Terminated() as terminated, bar:
         trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, judge)
         trainer.resume()
         bar.update(trainer.iteration)
@@ -273,6 +275,8 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
             with enough_memory(folder, trainer.iteration + 1):
                 trainer.step()
             bar.update()
+            if judge.unjudged:
+                bar.set_postfix(unjudged=judge.unjudged, refresh=False)
             if trainer.nonfinite_in_a_row >= run.plan.collapse_after:
                 status = f"collapsed at step {trainer.iteration}"
                 break

@@ -1,43 +1,171 @@
-"""The child process of `cppo.rewards.Judge`: reads [response, gold] as JSON lines, writes a verdict as a JSON line each.
+"""The child process of `cppo.rewards.Judge`: reads questions as JSON lines, writes a verdict as a JSON line each.
 
-Not imported by the package: it is run as `python -m cppo.verify_worker [memory limit in bytes]`.
+Not imported by the package: it is run as `python -m cppo.verify_worker BYTES`, BYTES being the address space of a verdict.
+
+It imports math-verify once and forks a child for every question ([response, gold, seconds]), which takes 3 ms. So no
+answer can wear out or slow down what judges the next one, and a lost child costs nothing. The child's verdict is its exit
+code; the kernel ends it at its deadline (SIGALRM), in whatever code it is and whether or not anyone still waits for it.
+A child that ended in any other way leaves the line "lost".
 """
 
+import gc
 import json
 import logging
+import os
+import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from cppo.rewards import boxes
+
+VERDICTS = {10: 0.0, 11: 1.0, 12: None}
+"""Exit code of a child -> what it found; other codes are an interpreter's that failed."""
+WARM_UP = (
+    r"\frac{1}{2} 0.5 \sqrt{2}+1 x^2+2x+1 (3,4) \{1,2\} [0,\infty) 2\pi \text{B} x=3 \binom{5}{2} 3! 10^{3} \dfrac12 1,000"
+    r" \begin{pmatrix}1&2\\3&4\end{pmatrix} 50\% 30^\circ"
+).split()
+"""Answers of the usual kinds: the parser builds its tables as it goes, and children start with those of the parent."""
+
+
+def judge() -> Callable[[str, str], float | None]:
+    """The function that compares a response's boxed answer with the gold one; None = could not judge."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    def verdict(response: str, gold: str) -> float | None:
+        # No time limit here: math-verify's own takes whole seconds, and cannot interrupt a multiplication.
+        parsed = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+        understood = any(not isinstance(value, str) for value in parsed)
+        fallback = "no_fallback" if understood else "first_match"
+
+        def right(text: str) -> bool:
+            answer = parse(text, extraction_config=config, parsing_timeout=None, fallback_mode=fallback)
+            return bool(verify(parsed, answer, timeout_seconds=None))
+
+        # Where a box says nothing, math-verify goes on to other formulas of the response: boxes alone must do.
+        found = boxes(response)
+        if len(found) == 1:
+            correct = right(found[0])
+        else:
+            correct = right(response) and (right(found[-1]) or right("".join(found)))
+        if not correct and not understood:
+            return None  # a gold answer that is no mathematics is only compared as text
+        return float(correct)
+
+    return verdict
+
+
+class Exhaustion:
+    """Notices every MemoryError and RecursionError inside, also those that a library catches and takes for "not equal"."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> "Exhaustion":
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        # A tracer that itself runs out of something is switched off by Python.
+        self.seen = self.seen or sys.gettrace() is None
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        frame.f_trace_lines = False
+        if event == "exception" and issubclass(argument[0], MemoryError | RecursionError):
+            self.seen = True
+        return self._trace
+
+
+def answer(verdict: Callable[[str, str], float | None], response: str, gold: str) -> float | None:
+    """The verdict; None too where "wrong" only means that memory or stack ran out on the way."""
+    try:
+        found = verdict(response, gold)
+        if found == 0.0:
+            with Exhaustion() as exhaustion:
+                found = verdict(response, gold)
+            if exhaustion.seen:
+                return None
+    except (MemoryError, RecursionError):
+        return None
+    return found
+
+
+HARMLESS = re.compile(
+    rb"from sympy import \*|(?:Integer|Float) ?\('?[\d.]*'? ?\)"
+    rb"|def monomial_[a-z]+\([ABk, ]+\):\n(?:return|else|if|None|[\s\d(),+*<>=:-]|[abrABk])*+"
+)
+"""All that sympy hands to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
+FORBIDDEN = tuple(
+    "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.putenv os.remove os.rename os.rmdir os.spawn os.symlink "
+    "os.system os.truncate ctypes. pickle. pty. shutil. socket. subprocess. urllib.".split()
+)
+"""Audit events (or their beginnings) that judging never causes."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def guard(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook of a child: ends it before any text is compiled as Python, and at whatever only such text could do."""
+    if event == "compile":
+        source, name = arguments
+        text = source.encode("utf-8", "replace") if isinstance(source, str) else source
+        if str(name).startswith("<") and not (isinstance(text, bytes) and HARMLESS.fullmatch(text.strip())):
+            os._exit(1)
+    elif event == "open":
+        if isinstance(arguments[2], int) and arguments[2] & WRITING:
+            os._exit(1)
+    elif event.startswith(FORBIDDEN):
+        os._exit(1)
+
+
+def in_a_child(verdict: Callable[[str, str], float | None], question: list[Any], memory: int) -> int:
+    """The exit code of a child that judges the question (negative: the signal that ended it)."""
+    response, gold, seconds = question
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.closerange(0, 3)  # whatever happens, it can write to nobody
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            sys.addaudithook(guard)
+            found = answer(verdict, response, gold)
+            code = next(code for code, value in VERDICTS.items() if value == found)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:
     """Judge until standard input ends."""
-    # SIGTERM reaches every process of a cluster's job; the parent finishes its iteration first and needs verdicts for it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # The parent's wall-clock deadline is the only one: math-verify's own uses signals and takes at least a second.
+    memory = int(sys.argv[1])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to a whole group; the trainer still needs verdicts to end well
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
-    if len(sys.argv) > 1:
-        limit = int(sys.argv[1])
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-    def verdict(response: str, gold: str) -> float | None:
-        gold_parsed = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-        if not gold_parsed:
-            return None
-        answer = parse(response, extraction_config=boxed, parsing_timeout=None, fallback_mode="no_fallback")
-        return float(verify(gold_parsed, answer, timeout_seconds=None))
-
-    print("ready", flush=True)
+    sys.dont_write_bytecode = True  # a child may import, and must not write
+    sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline
+    verdict = judge()
+    for text in WARM_UP:
+        verdict(rf"\boxed{{{text}}}", text)
+        verdict(rf"\boxed{{{text}}}", "7")
+    gc.collect()
+    gc.freeze()  # or the children's garbage collection would copy every page
+    code = in_a_child(verdict, [r"\boxed{14/2}", "7", 60.0], memory)
+    if VERDICTS.get(code) != 1.0:
+        sys.exit(f"14/2 = 7 was not judged right within {memory} bytes of memory (exit code {code})")
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        response, gold = json.loads(line)
-        try:
-            found = verdict(response, gold)
-        except (MemoryError, RecursionError):
-            found = None
-        print(json.dumps(found), flush=True)
+        print(json.dumps(VERDICTS.get(in_a_child(verdict, json.loads(line), memory), "lost")), flush=True)
 
 
 if __name__ == "__main__":

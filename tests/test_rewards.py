@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,10 +60,12 @@ def worker_of(judge: Judge) -> int:
         ("{7}", "7", 0.0),
         ("The answer is 7.", "7", 0.0),
         ("boxed{7}", "7", 0.0),
+        ("\\boxed{7", "7", 0.0),
+        ("\\boxed 7", "7", 0.0),
+        ("\\boxed{{7}", "7", 0.0),
         # Anything else is a question for math-verify.
         (boxed(""), "7", None),
-        ("\\boxed{7", "7", None),
-        ("\\boxed 7", "7", None),
+        (boxed("{7}"), "7", None),
         (boxed("7.0"), "7", None),
         (boxed("14/2"), "7", None),
         (boxed("1") + boxed("7"), "7", None),
@@ -125,6 +129,18 @@ def test_plain_integers_start_no_worker() -> None:
         (boxed("seven"), "7", 0.0),
         (boxed("1/0"), "7", 0.0),
         (boxed(r"\infty"), "7", 0.0),
+        # What stands beside a box that says nothing, or not the right thing, is no answer either.
+        (boxed("") + " $7$", "7", 0.0),
+        (boxed("???") + " The answer is $7$", "7", 0.0),
+        (boxed("16/2") + " The final answer is $7$. I hope it is correct.", "7", 0.0),
+        ("\\boxed 7 $7$", "7", 0.0),
+        # In formulas of their own, the last box counts.
+        ("$" + boxed("3") + "$, no, $" + boxed("7") + "$", "7", 1.0),
+        ("$" + boxed("7") + "$, no, $" + boxed("3") + "$", "7", 0.0),
+        (boxed("3") + " and " + boxed("4"), "3,4", 1.0),
+        # A gold answer that math-verify cannot read is compared as text: another text is no wrong answer.
+        (boxed(r"50\%"), r"50\%", 1.0),
+        (boxed(r"49\%"), r"50\%", None),
         # The gold answer says nothing: could not judge.
         (boxed("14/2"), "", None),
     ],
@@ -201,63 +217,117 @@ def test_text_is_not_run(judge: Judge, tmp_path: Path, code: str) -> None:
 # Deadlines and lost workers -------------------------------------------------------------------------------------------
 
 
+def thinking(judge: Judge) -> int:
+    """The process that looks for the verdict, once there is one; the worker that forked it stays."""
+    worker = worker_of(judge)
+    while True:
+        children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+        if children:
+            return int(children[0])
+        time.sleep(0.01)
+
+
 def test_a_deadline_is_kept_counted_and_survived() -> None:
-    """Could not judge is None, never 0; the worker is killed, and the next verdict is right again."""
+    """Could not judge is None, never 0; what thought about it is gone, and the next verdict is right and waits for nothing."""
     with Judge(deadline=30) as judge:
         assert judge.verdict(EASY, "7") == 1.0  # the worker has started
-        judge.deadline, worker, started = 0.7, worker_of(judge), time.monotonic()
+        judge.deadline, worker = 0.7, worker_of(judge)
+        timer = threading.Timer(0.3, lambda: found.append(thinking(judge)))
+        found: list[int] = []
+        timer.start()
+        started = time.monotonic()
         assert judge.verdict(HARD, "7") is None
         assert 0.6 < time.monotonic() - started < 1.5
-        assert judge.killed == 1
+        assert judge.killed == judge.unjudged == 1
+        timer.join()
         with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
+            os.kill(found[0], 0)
         judge.deadline = 30
         assert judge.verdict(boxed("21/3"), "7") == 1.0 and judge.verdict(boxed("22/3"), "7") == 0.0
-        assert judge.killed == 1 and worker_of(judge) != worker
+        assert judge.killed == judge.unjudged == 1 and worker_of(judge) == worker
 
 
-@pytest.mark.parametrize("text", [boxed("7" * 10**6), EASY + " " * 10**6, "\\boxed{" * 10**5, boxed(" " * 10**6)])
+@pytest.mark.parametrize("text", [boxed("7" * 10**6), EASY + " " * 10**6, boxed(" " * 10**6)])
 def test_a_megabyte_is_not_judged(text: str) -> None:
     """None at once, without a worker."""
     with Judge() as judge:
         started = time.monotonic()
         assert judge.verdict(text, "7") is None
         assert time.monotonic() - started < 1.0
-        assert judge.killed == 0 and judge._worker is None
+        assert judge.killed == 0 and judge.unjudged == 1 and judge._worker is None
 
 
-def test_a_worker_killed_between_verdicts() -> None:
-    """One response is not judged (and counted); those after it are."""
+def test_the_end_of_a_long_response_is_read(judge: Judge) -> None:
+    assert judge.verdict("So x = 3. " * 10**5 + EASY, "7") == 1.0
+    assert judge.verdict("So x = 7. " * 10**5 + boxed("16/2"), "7") == 0.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_killed_between_verdicts(number: signal.Signals) -> None:
+    """It was dead before the question was sent: the question is put to a new one, and nothing is lost."""
     with Judge(deadline=30) as judge:
         assert judge.verdict(EASY, "7") == 1.0
         assert judge._worker is not None
-        os.kill(judge._worker.pid, signal.SIGKILL)
+        os.kill(judge._worker.pid, number)
         judge._worker.wait()
-        assert judge.verdict(boxed("21/3"), "7") is None and judge.killed == 1
-        assert judge.verdict(boxed("28/4"), "7") == 1.0 and judge.verdict(boxed("29/4"), "7") == 0.0
-        assert judge.killed == 1
+        assert judge.verdict(boxed("21/3"), "7") == 1.0 and judge.verdict(boxed("29/4"), "7") == 0.0
+        assert judge.killed == judge.unjudged == 0
 
 
-def test_a_worker_that_a_cluster_tells_to_end_goes_on() -> None:
-    """SIGTERM reaches every process of a Slurm job, and the trainer finishes its iteration first."""
-    with Judge(deadline=30) as judge:
-        assert judge.verdict(boxed("14/2"), "7") == 1.0
-        worker = worker_of(judge)
-        os.kill(worker, signal.SIGTERM)
-        assert judge.verdict(boxed("21/3"), "7") == 1.0
-        assert judge.killed == 0 and worker_of(judge) == worker
-
-
-def test_a_worker_killed_while_it_thinks() -> None:
-    """Noticed at once, not at the deadline."""
+@pytest.mark.parametrize("victim", [thinking, worker_of])
+def test_a_worker_killed_while_it_thinks(victim: Callable[[Judge], int]) -> None:
+    """Noticed at once, not at the deadline, and counted; the answers after it are judged."""
     with Judge(deadline=30) as judge:
         assert judge.verdict(EASY, "7") == 1.0
-        timer = threading.Timer(0.2, os.kill, (worker_of(judge), signal.SIGKILL))
+        timer = threading.Timer(0.2, lambda: os.kill(victim(judge), signal.SIGKILL))
         timer.start()
         started = time.monotonic()
-        assert judge.verdict(HARD, "7") is None and judge.killed == 1
+        assert judge.verdict(HARD, "7") is None and judge.killed == judge.unjudged == 1
         assert time.monotonic() - started < 10
-        assert judge.verdict(boxed("21/3"), "7") == 1.0
+        assert judge.verdict(boxed("21/3"), "7") == 1.0 and judge.killed == 1
+
+
+def test_signals_to_the_whole_group_leave_the_worker_to_its_judge() -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process; the trainer still needs verdicts to end its iteration."""
+    with Judge(deadline=30) as judge:
+        assert judge.verdict(EASY, "7") == 1.0
+        worker = worker_of(judge)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+        assert judge.verdict(boxed("21/3"), "7") == 1.0 and worker_of(judge) == worker
+
+
+def test_nothing_outlives_a_judge_that_was_killed() -> None:
+    """Neither the worker nor what it forked for an endless question, once that question's time is over."""
+    code = "from cppo.rewards import Judge; judge = Judge(deadline=1.0); judge.start(); print(judge._worker.pid, flush=True);"
+    code += f" judge.verdict({HARD!r}, '7'); judge.verdict({HARD!r}, '7')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        worker = int(owner.stdout.readline())
+        time.sleep(0.3)
+        owner.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker is still there")
+
+
+def test_a_forked_process_has_a_worker_of_its_own() -> None:
+    """Or one would read the other's verdicts, and end its worker."""
+    with Judge(deadline=30) as judge:
+        assert judge.verdict(EASY, "7") == 1.0
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = int(judge.verdict(boxed("29/4"), "7") != 0.0)
+                judge.close()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        worker = worker_of(judge)
+        assert judge.verdict(boxed("21/3"), "7") == 1.0 and worker_of(judge) == worker and judge.killed == 0
 
 
 def test_works_off_the_main_thread() -> None:
