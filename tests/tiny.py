@@ -52,7 +52,7 @@ VERL_SETTING: dict[str, Any] = {
     "model": {"name": "Qwen/Qwen3-30B-A3B-Base", "revision": "0" * 40},
     "task": {
         "family": "math",
-        "train": {"name": "dapo_math_17k", "revision": "1" * 40, "problems": 17398},
+        "train": {"name": "dapo_math_17k", "revision": "1" * 40, "rows": 1791700},
         "benchmarks": [{"name": "aime24", "revision": "2" * 40, "problems": 30}],
         "prompt": "chat",
         "instruction": "Put the final answer in \\boxed{}.",
