@@ -134,9 +134,11 @@ def test_a_bad_suite_stops_before_any_job(checkout: Path) -> None:
     bad = yaml.safe_load((checkout / "config" / "micro.yaml").read_text())
     bad["settings"]["tiny"]["rollout"]["minibatch"] = 3
     (checkout / "config" / "bad.yaml").write_text(yaml.safe_dump(bad))
-    done = snakemake(checkout, "-n", "--config", "suite=bad")
+    done = snakemake(checkout, "--config", "suite=bad")
     assert done.returncode != 0
-    assert "config/bad.yaml: settings.tiny.rollout: minibatch 3 does not divide prompts 8" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "minibatch 3 does not divide prompts 8" in line]
+    assert len(lines) == 1 and "config/bad.yaml: settings.tiny.rollout: " in lines[0], done.stdout
+    assert "Job stats" not in done.stdout and not (checkout / "runs" / "bad").exists()
 
 
 def test_the_slurm_profile_plans_what_the_suite_asks_for(checkout: Path) -> None:
