@@ -48,10 +48,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Judge, P
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_hostile_answers(watched: tuple[Judge, Path, Path], entry: Hostile) -> None:
-    """The expected verdict, within a second; a bomb gets a fifth of its time here, which changes only how it ends."""
+    """The expected verdict, within a second; a bomb gets a ninth of its time here, which changes only how it ends."""
     judge, _, _ = watched
     bomb = "unjudged" in entry.expected
-    judge.deadline = 0.2 if bomb else 30
+    judge.deadline = 0.1 if bomb else 30
     start = time.monotonic()
     found = VERDICTS[judge.verdict(entry.response, entry.gold)]
     assert found in entry.expected
