@@ -159,9 +159,11 @@ class Judge:
                 encoding="utf-8",
             )
             if _read_line(self._worker, START_SECONDS) is None:
+                late = self._worker.poll() is None
+                ended = f"it was not ready within {START_SECONDS:.0f} s" if late else "it ended without a word"
                 self.close()
                 complaints.seek(0)
-                said = complaints.read().strip().splitlines() or [f"it was not ready within {START_SECONDS:.0f} s"]
+                said = complaints.read().strip().splitlines() or [ended]
                 raise ValueError(
                     f"the math-verify worker does not start: {said[-1]}; "
                     f'`python -m cppo.verify_worker {MEMORY_BYTES}` must print "ready"'

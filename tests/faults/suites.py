@@ -324,8 +324,9 @@ def any_text(rng: random.Random) -> Bad:
 
 
 def tree(folder: Path) -> list[tuple[str, int, int]]:
-    """Every file below with its size and time."""
-    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    """Everything below, files with size and time."""
+    found = [(str(path), path.stat(), path.is_file()) for path in folder.rglob("*")]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) if file else (name, 0, 0) for name, stat, file in found)
 
 
 def attempt(folder: Path, content: str | bytes, command: str) -> tuple[int, str, str]:

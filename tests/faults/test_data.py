@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from faults.suites import tree
 from faults.workshop import Workshop
 
+from cppo import lm_task, rewards
 from cppo.__main__ import main
 from cppo.config import RunConfig
 from cppo.problems import read_problems, write_problems
@@ -138,12 +140,14 @@ def test_problem_files_of_lm_eval(run: tuple[Workshop, Path, RunConfig], capsys:
     evaluate = shop.everything(root)[1]
     for part in (root / config.folder / "scores").iterdir():
         part.unlink()
-    path = root / config.base.data / "chain1.jsonl"
-    lines = path.read_text().splitlines()
+    path = shop.clean / config.base.data / "chain1.jsonl"  # the task files name the problems where they were made
+    whole = path.read_text()
+    lines = whole.splitlines()
     edited = lines[1].replace('"answer": "', '"answer": "1')
     for bad, says in (("{", "not a JSON object"), (json.dumps({"question": "x"}), "fields"), (edited, "edited")):
         path.write_text("\n".join([lines[0], bad, *lines[2:]]) + "\n")
         refused(capsys, root, evaluate, path, ":2: ", says)
+    path.write_text(whole)
 
 
 def test_problem_rows(tmp_path: Path) -> None:
@@ -181,28 +185,36 @@ def test_problem_rows(tmp_path: Path) -> None:
 # The worker that judges -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("why", ["broken import", "too little memory"])
+BROKEN = {
+    "import": ("raise ImportError('antlr4 is of another version')", "antlr4 is of another version"),
+    "memory": (
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**25, 2**25))\nbytearray(2**26)",
+        "MemoryError",
+    ),
+    "kill": ("import os\nos.kill(os.getpid(), 9)", "ended without a word"),
+    "hang": ("import time\ntime.sleep(600)", "not ready within 2 s"),
+}
+"""What math-verify's own module does instead: (its code, what the error says)."""
+
+
+@pytest.mark.parametrize(("code", "says"), BROKEN.values(), ids=BROKEN)
 def test_a_judge_that_cannot_start(
     run: tuple[Workshop, Path, RunConfig],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    why: str,
+    code: str,
+    says: str,
 ) -> None:
     """Training and evaluation end before anything is computed or written: one line, exit code 2."""
-    from cppo import lm_task, rewards
-
     shop, root, config = run
     train, evaluate, _ = shop.everything(root)
-    if why == "broken import":
-        broken = tmp_path / "broken" / "math_verify"
-        broken.mkdir(parents=True)
-        (broken / "__init__.py").write_text("raise ImportError('antlr4 is of another version')")
-        monkeypatch.setenv("PYTHONPATH", str(broken.parent), prepend=":")
-        says = "antlr4 is of another version"
-    else:
-        monkeypatch.setattr(rewards, "MEMORY_BYTES", 2**20)
-        says = "was not judged right within 1048576 bytes"
+    broken = tmp_path / "broken" / "math_verify"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent), prepend=os.pathsep)
+    if "sleep" in code:
+        monkeypatch.setattr(rewards, "START_SECONDS", 2.0)
     lm_task.judge().close()
     (root / config.folder / "DONE").unlink()
     for command in (train, evaluate):

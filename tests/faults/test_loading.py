@@ -14,7 +14,7 @@ import torch
 from tiny import DENSE, ROOT
 
 from cppo.config import Suite
-from cppo.policy import create_model, load_pretrained, load_tokenizer, save_pretrained
+from cppo.policy import create_model, create_tokenizer, load_pretrained, load_tokenizer, save_pretrained
 
 AUDIT = ROOT / "tests" / "faults" / "audit"
 EVIL = """
@@ -38,7 +38,7 @@ class Touch:
 def checkpoint(tmp_path: Path) -> Path:
     """A good one, with a module beside it that would leave a canary."""
     folder = tmp_path / "checkpoint"
-    save_pretrained(create_model(DENSE, "x"), folder)
+    save_pretrained(create_model(DENSE, "x"), folder, create_tokenizer())
     (folder / "evil.py").write_text(EVIL.format(canary=str(tmp_path / "canary")))
     return folder
 
