@@ -69,8 +69,7 @@ def _first_seeds(config: RunConfig | BaseConfig) -> list[tuple[str | int, ...]]:
         found += [("order", setting, config.seed, 0), ("rollout", setting, config.seed, 0)]
         if config.objective.settings.get("shuffle", False):
             found += [("shuffle", setting, config.seed, 1)]
-    axis = config.seed if isinstance(config, RunConfig) else 0
-    return [*found, ("evaluate", setting, axis, benchmark, "<problem id>", 0)]
+    return [*found, ("evaluate", setting, config.seed, benchmark, "<problem id>", 0)]
 
 
 def verify(folder: Path) -> list[str]:
