@@ -146,11 +146,8 @@ def main() -> None:
     """Judge until standard input ends."""
     memory = int(sys.argv[1])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to a whole group; the trainer still needs verdicts to end well
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to a whole group; the trainer still needs verdicts to end well
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True  # a child may import, and must not write
     sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline

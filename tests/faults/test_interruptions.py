@@ -74,7 +74,8 @@ def test_sigterm_to_every_process_of_a_real_job(whole: Reference) -> None:
     """As Slurm does it: the signal goes to the whole group, the answer-judging child included."""
     root = whole.shop.copy("group")
     command = [sys.executable, "-m", "cppo", *whole.shop.everything(root)[0]]
-    job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=one_thread, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = root / whole.shop.run("ppo").folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:

@@ -23,7 +23,10 @@ class Workshop:
         raw["seeds"] = [0]
         raw["objectives"] = [entry for entry in raw["objectives"] if entry["name"] in labels]
         self.labels = labels
-        raw["settings"]["tiny"] |= {"iterations": 6, "checkpoint_every": 1}
+        tiny = raw["settings"]["tiny"]
+        tiny |= {"iterations": 6, "checkpoint_every": 1}
+        tiny["task"]["benchmarks"] = tiny["task"]["benchmarks"][:1]
+        raw["evaluation"] = {"samples": 2}
         self.folder = folder
         self.file = folder / "faults.yaml"
         self.file.write_text(yaml.safe_dump(raw))
