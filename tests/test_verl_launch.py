@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from fixture import random_tokens
-from tiny import BINARY_TV, run_of, verl_suite
+from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo import advantages
-from cppo.config import RunConfig
+from cppo.config import RunConfig, load_suite
 from cppo.integrations import SampledTokenLoss, verl_launch
 from cppo.objectives import names
 from cppo.problems import problem
@@ -84,6 +84,27 @@ def test_verl_accepts_every_objective(name: str, sharding: str, base: Path, tmp_
     divergence = BINARY_TV if entry.divergence else None
     assert actor.policy_loss.rule == SampledTokenLoss.of(name, entry.settings, divergence)
     assert actor.strategy == sharding and actor.policy_loss.loss_mode == f"cppo_bench_{name}"
+
+
+def test_verl_accepts_the_papers_largest_setting(base: Path, tmp_path: Path) -> None:
+    """Every rule of config/paper.yaml that it trains."""
+    suite = load_suite(ROOT / "config" / "paper.yaml")
+    runs = [run for run in suite.runs() if run.plan.scale is not None and run.plan.scale.engine == "verl"]
+    assert len(runs) == len(suite.objectives) * len(suite.seeds)
+    for run in runs:
+        words = verl_launch.command(run, suite.resources[run.setting], base, tmp_path / "run")[3:]
+        actor = validated(composed(words))
+        assert (
+            actor.loss_scale_factor == 16384 and actor.policy_loss.loss_mode == f"cppo_bench_{run.objective.objective}"
+        )
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thinking_reaches_the_chat_template(thinking: bool, base: Path, tmp_path: Path) -> None:
+    suite = verl_suite(tmp_path, {"task": {"enable_thinking": thinking}})
+    config = composed(rendered(suite.runs()[0], suite, base, tmp_path / "run"))
+    validated(config)
+    assert config.data.apply_chat_template_kwargs == {"enable_thinking": thinking}
 
 
 @pytest.mark.parametrize("advantage", verl_launch.ADVANTAGES)

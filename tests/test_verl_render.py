@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny import BINARY_TV, run_of, verl_suite
+from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo.__main__ import main
 from cppo.batches import problem_order
-from cppo.config import Resources
+from cppo.config import Resources, load_suite
 from cppo.integrations import verl_launch
 from cppo.interrupts import Interrupted
+from cppo.policy import create_tokenizer
 from cppo.problems import problem
 
 CPPO = {"name": "cppo", "objective": "cppo", "divergence": BINARY_TV}
@@ -82,6 +84,28 @@ def test_every_objective_renders(tmp_path: Path) -> None:
         assert words[:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
         keys = [word.partition("=")[0] for word in words[3:]]
         assert len(set(keys)) == len(keys) and all("\n" not in word for word in words)
+
+
+def test_the_papers_largest_setting_renders(tmp_path: Path) -> None:
+    """Every rule of config/paper.yaml on Qwen3-30B-A3B-Base, with Table 3's numbers; checking it needs no transformers."""
+    suite = load_suite(ROOT / "config" / "paper.yaml")
+    runs = [run for run in suite.runs() if run.plan.scale is not None and run.plan.scale.engine == "verl"]
+    assert {run.label for run in runs} == {entry.name for entry in suite.objectives}
+    for run in runs:
+        resources = suite.resources[run.setting]
+        found = verl_launch.overrides(run, resources, tmp_path / "base", tmp_path / "run")
+        rollout = (found["data.train_batch_size"], found["actor_rollout_ref.rollout.n"])
+        assert (*rollout, found["actor_rollout_ref.actor.ppo_mini_batch_size"]) == (256, 16, 32)
+        assert found["actor_rollout_ref.actor.loss_scale_factor"] == found["data.max_response_length"] == 16384
+        assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == (4, 8)
+        if run.label in ("cppo", "dppo"):
+            assert found["+actor_rollout_ref.actor.policy_loss.settings"]["delta"] == 0.2
+    code = (
+        "import sys; from cppo.config import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
+    )
+    suite_file = str(ROOT / "config" / "paper.yaml")
+    done = subprocess.run([sys.executable, "-c", code, suite_file], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_only_the_objective_differs_between_two_rules(tmp_path: Path) -> None:
@@ -260,9 +284,9 @@ def test_an_environment_without_verl_is_one_line(tmp_path: Path) -> None:
 def test_train_asks_for_verl_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_of(verl_suite(tmp_path), "cppo")
+    run = run_of(verl_suite(tmp_path, {"task": {"prompt": "base"}}), "cppo")
     root = tmp_path / "runs"
-    (root / run.base.folder / "checkpoints" / "step-0").mkdir(parents=True)
+    create_tokenizer().save_pretrained(root / run.base.folder / "checkpoints" / "step-0")
     made = problem("1+1?", "2", "train", 1)
     (root / run.base.data).mkdir(parents=True)
     (root / run.base.data / "train.jsonl").write_text(json.dumps(made.__dict__) + "\n")

@@ -30,7 +30,6 @@ from cppo.files import whole_folder, write_whole
 from cppo.integrations import SampledTokenLoss
 from cppo.interrupts import Interrupted, Terminated
 from cppo.problems import Problem
-from cppo.prompts import wording
 from cppo.seeds import seed
 
 VERSION = "0.9.1"
@@ -457,7 +456,8 @@ def write_prompts(run: RunConfig, problems: tuple[Problem, ...], path: Path) -> 
     """Every prompt of the run in order, in verl's schema: the problems and their order are those of any other engine."""
     import pandas as pd
 
-    from cppo.batches import problem_order  # needs transformers, which checking a suite does not
+    from cppo.batches import problem_order  # these need transformers, which checking a suite does not
+    from cppo.prompts import wording
 
     task, prompts = run.plan.task, run.plan.rollout.prompts
     assert isinstance(task, MathTask)
