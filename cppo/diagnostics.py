@@ -118,6 +118,8 @@ def by_token(
     }
     found = []
     for i, (row, length) in enumerate(zip(rows, tokens.mask.sum(-1).tolist(), strict=True)):
+        if length == 0:
+            continue  # stands in for a rank without rows
         texts = [decode([token]) for token in responses[i, :length].tolist()]
         values = {name: x[i, :length].tolist() for name, x in columns.items()}
         found.append({"row": row, "delta": settings.delta, "token": texts, **values})

@@ -19,7 +19,6 @@ from typing import Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     gather_object,
@@ -67,7 +66,6 @@ def make_accelerator(scale: Scale | None, trackers: Sequence[str] = (), folder: 
         cpu=use_cpu,
         mixed_precision="bf16" if scale.precision == "bfloat16" else "no",
         fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the buffers are constants
         log_with=list(trackers) or None,
         project_dir=folder,
     )

@@ -1,7 +1,7 @@
-"""What tests/test_distributed.py runs in each rank: `python -m torch.distributed.run ... ranks.py SUITE.yaml BASE OUT LABEL[@ITERATION] ...`
+"""What tests/test_distributed.py starts in two processes: `python -m torch.distributed.run ... ranks.py SUITE BASE OUT ENTRY ...`
 
-Trains the suite's runs of these labels, one after the other, into OUT/LABEL. With @ITERATION, the last rank alone gets
-SIGTERM in that iteration.
+An entry is SETTING/LABEL, trained or continued in OUT/SETTING/LABEL, one after the other. With @ITERATION the last rank
+alone gets SIGTERM in that iteration.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 from cppo.config import load_suite
 from cppo.interrupts import Interrupted
@@ -19,35 +19,39 @@ from cppo.train import Trainer, train
 
 
 def reward(self: Judge, response: str, gold: str) -> float | None:
-    """An untrained model solves nothing: by length instead; some problems are always wrong, few responses unjudged."""
-    return None if len(response) % 7 == 6 else float(len(response) % 2 == 0 and gold < "6")
+    """An untrained model solves nothing: by parity instead; some prompts are always wrong, some responses unjudged."""
+    code = sum(map(ord, response))
+    return None if code % 11 == 0 else float(code % 2 == 0 and gold != "7")
 
 
-def stop_in(iteration: int) -> None:
-    """Send SIGTERM to the last rank in that iteration."""
-    original = Trainer.step
+class Stopping(Trainer):
+    """Sends SIGTERM to the last rank in an iteration."""
 
-    def step(self: Trainer) -> None:
-        original(self)
-        if self.iteration == iteration and self.accelerator.is_last_process:
+    iteration_to_stop = 0
+
+    def step(self) -> None:
+        super().step()
+        if self.iteration == self.iteration_to_stop and self.accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer.step = step  # type: ignore[method-assign]
 
+def main(path: str, base: str, out: str, *entries: str) -> None:
+    import cppo.train as module
 
-def main(path: str, base: str, out: str, *labels: str) -> None:
     Judge.verdict = reward  # type: ignore[method-assign]
+    module.Trainer = Stopping  # type: ignore[misc]
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]  # the next entry uses it
     suite = load_suite(path)
-    for entry in labels:
-        label, _, iteration = entry.partition("@")
-        run = next(run for run in suite.runs() if run.label == label)
-        if iteration:
-            stop_in(int(iteration))
+    for entry in entries:
+        name, _, stop = entry.partition("@")
+        Stopping.iteration_to_stop = int(stop or 0)
+        run = next(run for run in suite.runs() if f"{run.setting}/{run.label}" == name)
+        problems = make_problems(run.plan.task, run.setting)["train"]
         try:
-            train(run, Path(base), make_problems(run.plan.task, run.setting)["train"], Path(out) / label)
+            train(run, Path(base), problems, Path(out) / name, suite.report_to)
         except Interrupted:
-            assert iteration
-        AcceleratorState._reset_state(reset_partial_state=True)
+            assert stop
+        AcceleratorState._reset_state()  # another precision and sharding, the same processes
 
 
 if __name__ == "__main__":
