@@ -101,9 +101,17 @@ def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float
 
 
 def by_token(
-    objective: Objective, tokens: Tokens, responses: Tensor, rows: list[int], decode: Callable[[list[int]], str]
+    objective: Objective,
+    tokens: Tokens,
+    responses: Tensor,
+    rows: list[int],
+    decode: Callable[[list[int]], str],
+    count: int,
 ) -> list[dict[str, Any]]:
-    """Each response's tokens with CPPO's thresholds (the paper's Figure 3), as JSON; rows: what to call the responses."""
+    """The `count` responses with most masked tokens, token by token with CPPO's thresholds (the paper's Figure 3), as JSON.
+
+    rows: what to call the responses.
+    """
     settings = objective.settings
     assert isinstance(settings, CPPO)
     detached = Tokens(tokens.logp.detach(), *(getattr(tokens, f) for f in list(Tokens.__annotations__)[1:]))
@@ -116,18 +124,20 @@ def by_token(
         "threshold": sums.threshold,
         "reason": terms.reason,
     }
+    lengths, masked = tokens.mask.sum(-1).tolist(), (terms.reason != int(Reason.KEPT)).sum(-1)
     found = []
-    for i, (row, length) in enumerate(zip(rows, tokens.mask.sum(-1).tolist(), strict=True)):
+    for i in masked.argsort(descending=True, stable=True)[:count].tolist():
+        length = lengths[i]
         if length == 0:
             continue  # stands in for a rank without rows
         texts = [decode([token]) for token in responses[i, :length].tolist()]
         values = {name: x[i, :length].tolist() for name, x in columns.items()}
-        found.append({"row": row, "delta": settings.delta, "token": texts, **values})
+        found.append({"row": rows[i], "delta": settings.delta, "token": texts, **values})
     return found
 
 
 def most_masked(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The responses of `by_token` with most masked tokens."""
+    """The same of what `by_token` gave for several parts."""
 
     def order(row: dict[str, Any]) -> tuple[int, int]:
         return -sum(reason != int(Reason.KEPT) for reason in row["reason"]), row["row"]

@@ -176,7 +176,8 @@ class Trainer:
         measured.shifts.append((probability_shift(tokens).to("cpu"), rollouts.mask.to("cpu")))
         if dumps and isinstance(self.rule.settings, CPPO):
             rows = (part.rows % (plan.minibatch * plan.responses)).tolist()
-            measured.dumped += by_token(self.rule, tokens, rollouts.responses, rows, self.tokenizer.decode)
+            decode = self.tokenizer.decode
+            measured.dumped += by_token(self.rule, tokens, rollouts.responses, rows, decode, DUMPED_ROWS)
         return loss
 
     def value_loss(self, part: Part, count: float) -> Tensor:

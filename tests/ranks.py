@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py starts in two processes: `python -m torch.distributed.run ... ranks.py SUITE BASE OUT ENTRY ...`
+"""Run in two processes by tests/test_distributed.py: `python -m torch.distributed.run ... ranks.py SUITE BASE OUT ENTRY ...`
 
 An entry is SETTING/LABEL, trained or continued in OUT/SETTING/LABEL, one after the other. With @ITERATION the last rank
 alone gets SIGTERM in that iteration.

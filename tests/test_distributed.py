@@ -19,7 +19,7 @@ from tiny import ROOT
 from cppo.config import RunConfig, Scale, Suite, load_suite
 from cppo.critic import ValueModel
 from cppo.distributed import check_trackers, make_accelerator, own
-from cppo.policy import create_model, load_pretrained, load_tokenizer, save_pretrained
+from cppo.policy import create_model, create_tokenizer, load_pretrained, load_tokenizer, save_pretrained
 from cppo.problems import make_problems
 from cppo.rewards import Judge
 from cppo.train import Measured, Trainer, train
@@ -38,7 +38,11 @@ STOPPED, CONTINUED = "ddp/dppo", "fsdp2/dppo"
 
 def suite_in(folder: Path) -> Suite:
     raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
-    plain = raw["settings"]["tiny"] | {"iterations": 2, "checkpoint_every": 1, "optimizer": {"lr": 3e-3, "warmup_updates": 1}}
+    plain = raw["settings"]["tiny"] | {
+        "iterations": 2,
+        "checkpoint_every": 1,
+        "optimizer": {"lr": 3e-3, "warmup_updates": 1},
+    }
     plain["model"]["layers"] = 2
     raw["settings"] = {
         name: plain | {"rollout": plain["rollout"] | {"prompts": prompts, "minibatch": minibatch}, "scale": scale}
@@ -73,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """suite.yaml; base/; one/SETTING/LABEL trained in one process; two/SETTING/LABEL by two, some of them in both."""
     folder = tmp_path_factory.mktemp("ranks")
     suite, base = suite_in(folder), folder / "base"
-    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), base)
+    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), base, create_tokenizer())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judge, "verdict", ranks.reward)
         for name in (*COMPARED, STOPPED, CONTINUED, "bf16/cppo"):
@@ -159,7 +163,10 @@ def test_a_run_goes_on_under_another_number_of_processes(name: str, folder: Path
 
 def test_bfloat16_under_fsdp2_keeps_float32_masters_and_comes_close(folder: Path) -> None:
     one, two = folder / "one" / "bf16" / "cppo", folder / "two" / "bf16" / "cppo"
-    state = {**load_file(two / "state/000002/policy.safetensors"), **load_file(two / "state/000002/optimizer.safetensors")}
+    state = {
+        **load_file(two / "state/000002/policy.safetensors"),
+        **load_file(two / "state/000002/optimizer.safetensors"),
+    }
     assert {x.dtype for x in state.values()} == {torch.float32}
     first, second = (rows(path, "metrics")[0] for path in (one, two))
     assert second["entropy"] == pytest.approx(first["entropy"], rel=2e-2) and second["entropy"] != first["entropy"]
@@ -271,6 +278,23 @@ def test_shares_of_ranks_are_neighbours_and_cover_everything() -> None:
             shares = [own(Rank(rank, world), count) for rank in range(world)]  # type: ignore[arg-type]
             assert [i for share in shares for i in share] == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_tensorboard_gets_every_iteration_and_changes_no_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(Judge, "verdict", ranks.reward)
+    run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
+    train(run, folder / "base", make_problems(run.plan.task, run.setting)["train"], tmp_path, ("tensorboard",))
+    written = (tmp_path / "metrics.jsonl").read_bytes()
+    assert written == (folder / "one" / "ddp" / "cppo" / "metrics.jsonl").read_bytes()
+    events = EventAccumulator(str(tmp_path / "trackers" / "cppo")).Reload()
+    for name in ("loss", "mask_share", "reward"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == {row["iteration"]: pytest.approx(row[name]) for row in rows(tmp_path, "metrics")}
 
 
 def test_a_missing_tracker_is_an_error_before_training() -> None:

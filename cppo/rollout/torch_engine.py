@@ -133,8 +133,9 @@ class TorchEngine:
     def _forward(self, ids: Tensor, cache: Cache) -> Tensor:
         """Logits [B, V] after the last of these tokens."""
         hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        logits: Tensor = self.model.get_output_embeddings()(hidden[:, -1])
-        return logits
+        head = self.model.get_output_embeddings().weight
+        with torch.autocast(hidden.device.type, enabled=False):  # float32, as the trainer's (see `TokenStatistics`)
+            return torch.nn.functional.linear(hidden[:, -1].float(), head.float())
 
 
 class _Output:
