@@ -24,6 +24,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def base(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
+    from cppo.distributed import check_trackers, main_process
     from cppo.policy import load_tokenizer
     from cppo.problems import read_problems
     from cppo.prompts import short_enough
@@ -91,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
     problems, folder = read_problems(root / run.base.data / "train.jsonl"), root / run.folder
     problems = short_enough(run.plan.task, load_tokenizer(start), problems)
-    with locked(folder):
+    with locked(folder) if main_process() else nullcontext():
         if run.plan.scale is not None and run.plan.scale.engine == "verl":
             from cppo.integrations.verl_launch import train as train_with_verl
 
@@ -100,7 +102,8 @@ def train(args: argparse.Namespace) -> None:
         else:
             from cppo.train import train as train_run
 
-            train_run(run, start, problems, folder)
+            check_trackers(suite.report_to)
+            train_run(run, start, problems, folder, suite.report_to)
 
 
 def render(args: argparse.Namespace) -> None:

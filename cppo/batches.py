@@ -4,22 +4,25 @@ Legend: P prompts, G responses a prompt, B = P G rows (a prompt's rows are neigh
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo import advantages
-from cppo.config import Divergence, RunConfig
+from cppo import advantages, divergences
+from cppo.config import Divergence, RunConfig, Scale
 from cppo.critic import ValueModel
 from cppo.diagnostics import Stopwatch
+from cppo.distributed import Learner, gather, most, own
 from cppo.loss import Metrics
-from cppo.policy import statistics
+from cppo.policy import Statistics, statistics
 from cppo.problems import Problem
 from cppo.prompts import prompt_ids
 from cppo.rewards import Judge, overlong_penalty
-from cppo.rollout import Record, Rollouts, concatenate
+from cppo.rollout import Record, Rollouts, concatenate, widen
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.seeds import torch_generator, uniforms
 
@@ -45,8 +48,24 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Part:
+    """b rows of a batch, trimmed to their longest, where they are trained on."""
+
+    rows: Tensor
+    """[b] their places in the batch."""
+    rollouts: Rollouts
+    advantages: Tensor
+    """[b, T]"""
+    judged: Tensor
+    """bool [b, T]: trained tokens of rows with a verdict."""
+    position: Tensor | None
+    values: Tensor | None
+    returns: Tensor | None
+
+
+@dataclass(frozen=True)
 class Batch(Sampled):
-    """A sample with everything its updates need."""
+    """A sample with everything its updates need; the same on every rank, in main memory."""
 
     advantages: Tensor
     """[B, T]."""
@@ -56,6 +75,26 @@ class Batch(Sampled):
     """[B, T] the critic's values."""
     returns: Tensor | None = None
     """[B, T] what the critic is fitted to."""
+
+    @property
+    def judged(self) -> Tensor:
+        """bool [B, T]: trained tokens of rows with a verdict."""
+        return self.rollouts.mask & ~self.rewards.isnan().unsqueeze(1)
+
+    def part(self, rows: Tensor, device: torch.device) -> Part:
+        """These rows [b] on the device; without any, a row that trains nothing, for ranks must keep step."""
+        rows, spare = (rows, False) if len(rows) else (torch.zeros(1, dtype=torch.int64), True)
+        rollouts = self.rollouts.rows(rows)
+        if spare:
+            rollouts = replace(rollouts, mask=torch.zeros_like(rollouts.mask))
+        width = rollouts.mask.shape[1]
+
+        def pick(x: Tensor) -> Tensor:
+            return x[rows, :width].to(device)
+
+        position, values, returns = (None if x is None else pick(x) for x in (self.position, self.values, self.returns))
+        judged = pick(self.judged) & rollouts.mask.to(device)
+        return Part(rows, rollouts.to(device), pick(self.advantages), judged, position, values, returns)
 
     def metrics(self, group: int) -> Metrics:
         """What is known before the updates."""
@@ -76,11 +115,23 @@ class Collector:
 
     run: RunConfig
     problems: tuple[Problem, ...]
-    policy: PreTrainedModel
+    policy: Learner[PreTrainedModel]
     tokenizer: PreTrainedTokenizerFast
-    critic: ValueModel | None
+    critic: Learner[ValueModel] | None
     judge: Judge
     clock: Stopwatch
+
+    def own_rows(self, first: int, prompts: int) -> Tensor:
+        """This rank's rows [b] of so many prompts from the first-th on: whole groups."""
+        group = self.run.plan.rollout.responses
+        share = own(self.policy.accelerator, prompts)
+        return torch.arange((first + share.start) * group, (first + share.stop) * group)
+
+    def micro_batches(self, rows: Tensor, prompts: int) -> list[Tensor]:
+        """A rank's rows of so many prompts, cut to `scale.micro_rows`; as many pieces on every rank, empty ones last."""
+        largest = most(self.policy.accelerator, prompts) * self.run.plan.rollout.responses
+        size = (self.run.plan.scale or Scale()).micro_rows or largest
+        return [rows[start : start + size] for start in range(0, largest, size)]
 
     def sample(self, iteration: int, attempt: int = 0) -> Sampled:
         """P prompts, each G times, with their responses and verdicts."""
@@ -90,13 +141,22 @@ class Collector:
         asked = tuple(self.problems[i] for i in order for _ in range(plan.responses))
         prompts = [prompt_ids(run.plan.task, self.tokenizer, p.question) for p in asked]
         noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, draw)
-        record = recorded(run.objective.divergence)
+        record, rows = recorded(run.objective.divergence), self.own_rows(0, plan.prompts)
+        own_prompts = [prompts[i] for i in rows.tolist()]
+
+        def generate(model: PreTrainedModel) -> Rollouts | None:
+            if not own_prompts:
+                return None  # fewer prompts than ranks
+            return TorchEngine(model).generate(own_prompts, noise[rows], plan.temperature, record=record)
+
         with self.clock.timed("rollout"):
-            rollouts = TorchEngine(self.policy).generate(prompts, noise, plan.temperature, record=record)
+            mine = self.policy.whole(generate)
         with self.clock.timed("reward"):
-            texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-            found = [self.judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
-        verdicts = torch.tensor([math.nan if v is None else v for v in found])
+            texts = self.tokenizer.batch_decode(mine.responses, skip_special_tokens=True) if mine else []
+            judged = [self.judge.verdict(text, asked[i].answer) for text, i in zip(texts, rows.tolist(), strict=True)]
+            everyone = gather((mine, judged))
+        rollouts = concatenate([theirs for theirs, _ in everyone if theirs is not None])
+        verdicts = torch.tensor([math.nan if v is None else v for _, found in everyone for v in found])
         rewards = verdicts
         if plan.overlong_buffer:
             lengths = rollouts.lengths.tolist()
@@ -135,8 +195,8 @@ class Collector:
             position = shuffled_positions(mask, run.setting, run.seed, iteration)
         if entry.advantage == "gae":
             assert self.critic is not None
-            with torch.no_grad():
-                values = torch.where(mask, self.critic(rollouts.prompts, rollouts.responses), 0)
+            (seen,) = self.everywhere(self.critic, rollouts, lambda critic, x: (critic(x.prompts, x.responses),))
+            values = torch.where(mask, seen, 0)
             plan = run.plan.critic
             token_rewards = advantages.at_last_token(rewards, mask)
             raw, returns = advantages.gae(token_rewards, values, mask, plan.gamma, plan.lam)
@@ -153,20 +213,35 @@ class Collector:
         if entry.anchor == "rollout":
             return rollouts, None
         record = recorded(entry.divergence)
-        with torch.no_grad():
-            old = statistics(
-                self.policy,
-                rollouts.prompts,
-                rollouts.responses,
-                rollouts.mask,
-                plan.temperature,
-                top_k=record.top_k,
-                full=record.full,
-            )
+
+        def again(model: PreTrainedModel, part: Rollouts) -> Statistics:
+            options: dict[str, Any] = {"top_k": record.top_k, "full": record.full}
+            return statistics(model, part.prompts, part.responses, part.mask, plan.temperature, **options)
+
+        old = Statistics(*self.everywhere(self.policy, rollouts, again))
         new = replace(rollouts, logp=old.logp, topk_ids=old.topk_ids, topk_logp=old.topk_logp, logp_all=old.logp_all)
         if entry.anchor == "recomputed":
             return new, None
         return new, (old.logp - rollouts.logp).exp().clamp(max=entry.tis_cap)
+
+    def everywhere(
+        self,
+        learner: Learner[Any],
+        rollouts: Rollouts,
+        function: Callable[[Any, Rollouts], tuple[Tensor | None, ...]],
+    ) -> tuple[Any, ...]:
+        """function(module, rows) without gradient on each rank's own rows, joined: tensors [B, T, ...] or None."""
+        prompts = len(rollouts.prompts) // self.run.plan.rollout.responses
+        pieces = [rows for rows in self.micro_batches(self.own_rows(0, prompts), prompts) if len(rows)]
+        device = learner.accelerator.device
+
+        def work(module: Any) -> list[tuple[Tensor | None, ...]]:
+            found = [function(module, rollouts.rows(rows).to(device)) for rows in pieces]
+            return [tuple(None if x is None else x.to("cpu") for x in columns) for columns in found]
+
+        columns = zip(*(piece for theirs in gather(learner.whole(work)) for piece in theirs), strict=True)
+        width = rollouts.mask.shape[1]
+        return tuple(None if c[0] is None else torch.cat([widen(x, width) for x in c]) for c in columns)
 
 
 def problem_order(count: int, prompts: int, draw: int, setting: str, seed: int) -> list[int]:
@@ -192,3 +267,23 @@ def recorded(divergence: Divergence | None) -> Record:
     if divergence is None or divergence.estimator == "binary":
         return Record()
     return Record(full=True) if divergence.estimator == "exact" else Record(top_k=divergence.k or 0)
+
+
+def estimate(divergence: Divergence, now: Statistics, part: Rollouts) -> Tensor:
+    """D_t [b, T] of the estimator, from what the rollout stored."""
+    if divergence.estimator == "binary":
+        return divergences.binary(now.logp, part.logp, divergence.kind)
+    if divergence.estimator == "exact":
+        assert now.logp_all is not None and part.logp_all is not None
+        return divergences.exact(now.logp_all, part.logp_all, divergence.kind)
+    assert now.topk_logp is not None and part.topk_logp is not None and part.topk_ids is not None
+    return divergences.top_k(
+        now.logp,
+        part.logp,
+        now.topk_logp,
+        part.topk_logp,
+        part.topk_ids,
+        part.responses,
+        divergence.kind,
+        divergence.support or "union",
+    )

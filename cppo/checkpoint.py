@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,18 +106,3 @@ def _sha256(path: Path, size: int | None = None) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as flat tensors, "<parameter>.<name>"."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, entries in state.items() for name, value in entries.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back into an optimiser over the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -17,7 +17,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, trunk: PreTrainedModel) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk = trunk.base_model  # without its output head, which no gradient would reach
         self.head = nn.Linear(trunk.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -4,15 +4,17 @@ Legend: B rows, T tokens. mu = rollout policy, pi = current policy. All without 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cppo.loss import Metrics
-from cppo.objectives import Objective, Tokens
+from cppo.objectives import Objective, Reason, Tokens
 from cppo.objectives.divergence import CPPO, prefix_sums
+from cppo.objectives.ratio import ratio
 
 
 def probability_shift(tokens: Tokens) -> Tensor:
@@ -96,3 +98,48 @@ def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float
             }
         )
     return found
+
+
+def by_token(
+    objective: Objective,
+    tokens: Tokens,
+    responses: Tensor,
+    rows: list[int],
+    decode: Callable[[list[int]], str],
+    count: int,
+) -> list[dict[str, Any]]:
+    """The `count` responses with most masked tokens, token by token with CPPO's thresholds (the paper's Figure 3), as JSON.
+
+    rows: what to call the responses.
+    """
+    settings = objective.settings
+    assert isinstance(settings, CPPO)
+    detached = Tokens(tokens.logp.detach(), *(getattr(tokens, f) for f in list(Tokens.__annotations__)[1:]))
+    terms, sums = objective(detached), prefix_sums(settings, detached)
+    columns = {
+        "advantage": tokens.advantages,
+        "ratio": ratio(detached),
+        "weighted": sums.weighted,
+        "prefix_threshold": settings.delta + sums.allowed - sums.used,
+        "threshold": sums.threshold,
+        "reason": terms.reason,
+    }
+    lengths, masked = tokens.mask.sum(-1).tolist(), (terms.reason != int(Reason.KEPT)).sum(-1)
+    found = []
+    for i in masked.argsort(descending=True, stable=True)[:count].tolist():
+        length = lengths[i]
+        if length == 0:
+            continue  # stands in for a rank without rows
+        texts = [decode([token]) for token in responses[i, :length].tolist()]
+        values = {name: x[i, :length].tolist() for name, x in columns.items()}
+        found.append({"row": rows[i], "delta": settings.delta, "token": texts, **values})
+    return found
+
+
+def most_masked(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same of what `by_token` gave for several parts."""
+
+    def order(row: dict[str, Any]) -> tuple[int, int]:
+        return -sum(reason != int(Reason.KEPT) for reason in row["reason"]), row["row"]
+
+    return sorted(found, key=order)[:count]

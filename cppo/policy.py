@@ -4,9 +4,8 @@ Legend: B rows, L prompt + response tokens, T response tokens, N trained tokens,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -77,9 +76,14 @@ def create_model(model: Model, setting: str) -> PreTrainedModel:
         )
 
 
-def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write model and tokenizer as an ordinary Hugging Face checkpoint (safetensors)."""
-    model.save_pretrained(folder)
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerFast,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model and tokenizer as an ordinary Hugging Face checkpoint (safetensors); weights: instead of the model's own."""
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
@@ -155,9 +159,8 @@ def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
         raise ValueError(f"{folder}: not a loadable checkpoint: {reason}") from None
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """The policy at sampled tokens, float32; values outside the mask are 0."""
+class Statistics(NamedTuple):
+    """The policy at sampled tokens, float32; values outside the mask are 0. A tuple: FSDP2 finds the tensors in one."""
 
     logp: Tensor
     """[B, T] log-probability of the sampled token; the only field with a gradient."""
@@ -172,13 +175,12 @@ class Statistics:
 
 
 def join(prompts: Sequence[Sequence[int]], responses: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded prompt + response ids [B, L] and the prompts' lengths [B]."""
-    lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
-    width = responses.shape[1]
-    ids = torch.full((len(prompts), int(lengths.max()) + width), PAD, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.as_tensor(prompt)
-    ids.scatter_(1, lengths.unsqueeze(1) + torch.arange(width), responses)
+    """Right-padded prompt + response ids [B, L] and the prompts' lengths [B], where the responses are."""
+    longest, width = max(len(p) for p in prompts), responses.shape[1]
+    padded = torch.tensor([[*p, *[PAD] * (longest + width - len(p))] for p in prompts], dtype=torch.int64)
+    ids = padded.to(responses.device)
+    lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=responses.device)
+    ids.scatter_(1, lengths.unsqueeze(1) + torch.arange(width, device=responses.device), responses)
     return ids, lengths
 
 
@@ -188,8 +190,8 @@ def response_hidden(model: PreTrainedModel, prompts: Sequence[Sequence[int]], re
     Rows are right-padded and attention is causal, so no padding mask is needed and none is given (it would be slower).
     """
     ids, lengths = join(prompts, responses)
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # [B, L, H]
-    index = (lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1])).to(hidden.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
+    index = lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1], device=ids.device)
     at_responses: Tensor = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
     return at_responses
 
@@ -206,8 +208,8 @@ def statistics(
 ) -> Statistics:
     """Log-probabilities, entropy and top-K log-probabilities of the policy at sampled tokens.
 
-    prompts: B lists of ids; responses [B, T] ids; mask [B, T] bool; topk_ids [B, T, K]: ids to look up; top_k: find the
-    policy's own K likeliest instead; full: also return [B, T, V].
+    prompts: B lists of ids; responses [B, T] ids and mask [B, T] bool, on the model's device; topk_ids [B, T, K]: ids to
+    look up; top_k: find the policy's own K likeliest instead; full: also return [B, T, V].
     The output head is applied to masked-in tokens only and in chunks that are recomputed in the backward pass, so the
     logits of the whole batch never exist at once (unless `full` asks for them).
     """

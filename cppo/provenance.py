@@ -10,7 +10,8 @@ from pathlib import Path
 # Numbers depend on these parts of the package; plotting, tables and the command line are not among them.
 NUMERIC = (
     "problems.py datasets.py prompts.py seeds.py policy.py rollout rewards.py verify_worker.py advantages.py critic.py"
-    " batches.py divergences.py objectives loss.py diagnostics.py checkpoint.py train.py base.py lm_task.py evaluate.py"
+    " distributed.py batches.py divergences.py objectives loss.py diagnostics.py checkpoint.py train.py base.py lm_task.py"
+    " evaluate.py"
 ).split()
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "math-verify", "sympy")
 

@@ -1,50 +1,74 @@
 """The training loop: rollout -> reward -> advantage -> minibatch updates -> checkpoint.
 
 Follows CPPO (arXiv:2606.10968) section 4.1. Left out on purpose: KL to a reference model and an entropy bonus (the paper
-uses neither), more than one pass over a rollout, and anything distributed.
+uses neither), and more than one pass over a rollout. What several processes share and split: `cppo.distributed`.
 
 A run directory holds config.json and provenance.json (written first), metrics.jsonl (no clock, host or path: two runs on
 one machine are compared bit for bit), timings.jsonl, positions.jsonl, tokens.jsonl, state/ (to resume from),
 checkpoints/step-N (to score) and DONE (last).
 
-Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a minibatch, T tokens, K top-K.
+Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a micro-batch, T tokens, K top-K.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo import divergences
-from cppo.batches import Batch, Collector
-from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, save_state
-from cppo.config import Divergence, RunConfig
+from cppo.batches import Batch, Collector, Part, estimate
+from cppo.checkpoint import load_latest, save_state
+from cppo.config import RunConfig
 from cppo.critic import ValueModel, value_loss
-from cppo.diagnostics import Stopwatch, add, by_position, probability_shift, token_metrics
+from cppo.diagnostics import Stopwatch, add, by_position, by_token, most_masked, probability_shift, token_metrics
+from cppo.distributed import Learner, gather, make_accelerator, start_trackers
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.interrupts import Interrupted, Terminated, enough_memory
 from cppo.loss import Metrics, batch_denominator, policy_loss
-from cppo.objectives import Objective, Reason, Tokens, objective
-from cppo.objectives.divergence import CPPO, prefix_sums
-from cppo.objectives.ratio import ratio
-from cppo.policy import Statistics, load_pretrained, load_tokenizer, save_pretrained, statistics
+from cppo.objectives import Objective, Tokens, objective
+from cppo.objectives.divergence import CPPO
+from cppo.policy import load_pretrained, load_tokenizer, save_pretrained, statistics
 from cppo.problems import Problem
 from cppo.provenance import provenance
 from cppo.rewards import Judge
-from cppo.rollout import Rollouts
 
 POSITION_BINS = 16
 """Bins of the drift by position over the longest response."""
 DUMPED_ROWS = 8
 """Responses whose tokens are dumped at a checkpoint, those with most masked tokens."""
 STREAMS = ("metrics", "timings", "positions", "tokens")
+
+
+@dataclass
+class Measured:
+    """What the updates of an iteration measure."""
+
+    common: Metrics
+    """Of the whole step: the same on every rank."""
+    own: Metrics = field(default_factory=dict)
+    """Of this rank's rows; ranks add up."""
+    shifts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(drift, mask) of this rank's rows, each [b, T]."""
+    dumped: list[dict[str, Any]] = field(default_factory=list)
+    """Tokens of this rank's rows in the last minibatch."""
+
+    def everywhere(self) -> "Measured":
+        """All ranks' rows; each rank must call it."""
+        total = Measured(dict(self.common))
+        for own, shifts, dumped in gather((self.own, self.shifts, self.dumped)):
+            add(total.common, own)
+            total.shifts += shifts
+            total.dumped += dumped
+        return total
 
 
 @dataclass
@@ -58,23 +82,19 @@ class Trainer:
     tokenizer: PreTrainedTokenizerFast
     critic: ValueModel | None
     judge: Judge
+    accelerator: Accelerator
     iteration: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        plan = self.run.plan.optimizer
-        options: dict[str, Any] = {"betas": plan.betas, "weight_decay": plan.weight_decay}
+        plan, factor = self.run.plan.optimizer, self.run.plan.critic.lr_factor
         self.rule: Objective = objective(self.run.objective.objective, **self.run.objective.settings)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=plan.lr, **options)
-        self.critic_optimizer = (
-            torch.optim.AdamW(self.critic.parameters(), lr=plan.lr * self.run.plan.critic.lr_factor, **options)
-            if self.critic
-            else None
-        )
+        self.actor = Learner(self.accelerator, self.policy, plan.lr, plan)
+        self.valuer = Learner(self.accelerator, self.critic, plan.lr * factor, plan) if self.critic else None
         self.clock = Stopwatch()
         self.collector = Collector(
-            self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge, self.clock
+            self.run, self.problems, self.actor, self.tokenizer, self.valuer, self.judge, self.clock
         )
 
     # One iteration ---------------------------------------------------------------------------------------------------
@@ -87,78 +107,84 @@ class Trainer:
         with self.clock.timed("advantage"):
             batch = self.collector.batch(self.iteration, sampled)
         plan = self.run.plan.rollout
-        metrics: Metrics = batch.metrics(plan.responses)
-        shifts: list[tuple[Tensor, Tensor]] = []
+        measured = Measured(batch.metrics(plan.responses))
         with self.clock.timed("update"):
-            rows = plan.minibatch * plan.responses
-            for first in range(0, len(batch.rewards), rows):
-                last = first + rows == len(batch.rewards)
-                self.update(batch, torch.arange(first, first + rows), metrics, shifts, last)
-        means = {name: total / count if count else None for name, (total, count) in sorted(metrics.items())}
+            for first in range(0, plan.prompts, plan.minibatch):
+                self.update(batch, first, measured)
+            measured = measured.everywhere()
+        means = {name: total / count if count else None for name, (total, count) in sorted(measured.common.items())}
         self.append("metrics", [{"iteration": self.iteration, **means}])
-        self.append("positions", self.positions(shifts))
+        self.append("positions", self.positions(measured.shifts))
+        self.append("tokens", [{"iteration": self.iteration, **x} for x in most_masked(measured.dumped, DUMPED_ROWS)])
         account = self.clock.account(int(batch.rollouts.mask.sum()))
         self.append("timings", [{"iteration": self.iteration, **account}])
+        self.accelerator.log({name: mean for name, mean in means.items() if mean is not None}, step=self.iteration)
 
-    def update(
-        self, batch: Batch, rows: Tensor, metrics: Metrics, shifts: list[tuple[Tensor, Tensor]], last: bool
-    ) -> None:
-        """One optimiser step on these rows; metrics are added up, `shifts` collects (drift, mask)."""
+    def update(self, batch: Batch, first: int, measured: Measured) -> None:
+        """One optimiser step on the minibatch of prompts from the first-th on."""
         self.updates += 1
-        part = batch.rollouts.rows(rows)
-        width = part.mask.shape[1]
-        advantages = batch.advantages[rows, :width]
-        if not bool((advantages != 0).any()):
-            add(metrics, {"skipped_updates": (1.0, 1.0), "nonfinite_updates": (0.0, 1.0)})
+        plan, aggregation = self.run.plan, self.run.objective.aggregation
+        count, group = plan.rollout.minibatch, plan.rollout.responses
+        rows = slice(first * group, (first + count) * group)
+        if not bool((batch.advantages[rows] != 0).any()):
+            add(measured.common, {"skipped_updates": (1.0, 1.0), "nonfinite_updates": (0.0, 1.0)})
             return
-        plan, entry = self.run.plan, self.run.objective
-        needs = entry.divergence
-        now = statistics(
-            self.policy,
-            part.prompts,
-            part.responses,
-            part.mask,
-            plan.rollout.temperature,
-            topk_ids=part.topk_ids,
-            full=needs is not None and needs.estimator == "exact",
-        )
-        position = None if batch.position is None else batch.position[rows, :width]
-        divergence = estimate(needs, now, part) if needs else None
-        tokens = Tokens(now.logp, part.logp, advantages, part.mask, divergence, position)
-        horizon = plan.rollout.max_response_tokens if entry.aggregation == "seq-mean-token-sum-norm" else None
-        denominator = batch_denominator(part.mask, entry.aggregation)
-        loss, loss_metrics = policy_loss(self.rule, tokens, entry.aggregation, horizon, denominator)
-        norm = self.descend(loss, self.optimizer, self.policy, plan.optimizer.lr)
-        if self.critic is not None and self.critic_optimizer is not None:
-            assert batch.values is not None and batch.returns is not None
-            old, returns = batch.values[rows, :width], batch.returns[rows, :width]
-            judged = part.mask & ~batch.rewards[rows].isnan().unsqueeze(1)
-            values = self.critic(part.prompts, part.responses)
-            error = value_loss(values, old, returns, judged, plan.critic.value_clip, float(judged.sum()))
-            self.descend(error, self.critic_optimizer, self.critic, plan.optimizer.lr * plan.critic.lr_factor)
-            add(metrics, {"value_loss": (error.item(), 1.0)})
+        pieces = self.collector.micro_batches(self.collector.own_rows(first, count), count)
+        parts = [partial(batch.part, piece, self.accelerator.device) for piece in pieces]
+        share = min(1.0, self.updates / max(plan.optimizer.warmup_updates, 1))
+        whole = batch_denominator(batch.rollouts.mask[rows], aggregation)
+        dumps = first + count == plan.rollout.prompts and self.iteration % plan.checkpoint_every == 0
+
+        def loss(part: Callable[[], Part]) -> Tensor:
+            return self.policy_loss(part(), whole, measured, dumps)
+
+        value, norm = self.actor.descend([partial(loss, part) for part in parts], share)
+        if self.valuer is not None:
+            judged = float(batch.judged[rows].sum())
+
+            def error(part: Callable[[], Part]) -> Tensor:
+                return self.value_loss(part(), judged)
+
+            found, _ = self.valuer.descend([partial(error, part) for part in parts], share)
+            add(measured.common, {"value_loss": (found, 1.0)})
         finite = math.isfinite(norm)
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
-        add(metrics, {"skipped_updates": (0.0, 1.0), "nonfinite_updates": (float(not finite), 1.0)})
-        add(metrics, {"loss": (loss.item(), 1.0), "grad_norm": (norm, 1.0)} if finite else {})
-        add(metrics, loss_metrics)
-        add(metrics, token_metrics(self.rule, tokens, now.entropy))
-        shifts.append((probability_shift(tokens), part.mask))
-        if last and self.iteration % plan.checkpoint_every == 0 and isinstance(self.rule.settings, CPPO):
-            self.append("tokens", self.dump(part, tokens))
+        add(measured.common, {"skipped_updates": (0.0, 1.0), "nonfinite_updates": (float(not finite), 1.0)})
+        add(measured.common, {"loss": (value, 1.0), "grad_norm": (norm, 1.0)} if finite else {})
 
-    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, module: torch.nn.Module, peak: float) -> float:
-        """One clipped AdamW step with linear warm-up; returns the gradient norm. A non-finite gradient changes nothing."""
-        plan = self.run.plan.optimizer
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), plan.grad_clip))
-        if math.isfinite(norm) and math.isfinite(loss.item()):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, self.updates / max(plan.warmup_updates, 1))
-            optimizer.step()
-            return norm
-        return math.nan
+    def policy_loss(self, part: Part, denominator: float, measured: Measured, dumps: bool) -> Tensor:
+        """A micro-batch's share of the loss."""
+        entry, plan, rollouts = self.run.objective, self.run.plan.rollout, part.rollouts
+        needs = entry.divergence
+        now = self.actor(
+            lambda policy: statistics(
+                policy,
+                rollouts.prompts,
+                rollouts.responses,
+                rollouts.mask,
+                plan.temperature,
+                topk_ids=rollouts.topk_ids,
+                full=needs is not None and needs.estimator == "exact",
+            )
+        )
+        divergence = estimate(needs, now, rollouts) if needs else None
+        tokens = Tokens(now.logp, rollouts.logp, part.advantages, rollouts.mask, divergence, part.position)
+        horizon = plan.max_response_tokens if entry.aggregation == "seq-mean-token-sum-norm" else None
+        loss, metrics = policy_loss(self.rule, tokens, entry.aggregation, horizon, denominator)
+        add(measured.own, metrics)
+        add(measured.own, token_metrics(self.rule, tokens, now.entropy))
+        measured.shifts.append((probability_shift(tokens).to("cpu"), rollouts.mask.to("cpu")))
+        if dumps and isinstance(self.rule.settings, CPPO):
+            rows = (part.rows % (plan.minibatch * plan.responses)).tolist()
+            decode = self.tokenizer.decode
+            measured.dumped += by_token(self.rule, tokens, rollouts.responses, rows, decode, DUMPED_ROWS)
+        return loss
+
+    def value_loss(self, part: Part, count: float) -> Tensor:
+        """A micro-batch's share of the critic's loss."""
+        assert self.valuer is not None and part.values is not None and part.returns is not None
+        values = self.valuer(lambda critic: critic(part.rollouts.prompts, part.rollouts.responses))
+        return value_loss(values, part.values, part.returns, part.judged, self.run.plan.critic.value_clip, count)
 
     # What is written -------------------------------------------------------------------------------------------------
 
@@ -174,37 +200,10 @@ class Trainer:
         found = by_position(shift, mask, -(-longest // POSITION_BINS))
         return [{"iteration": self.iteration, **row} for row in found]
 
-    def dump(self, part: Rollouts, tokens: Tokens) -> list[dict[str, Any]]:
-        """Tokens of the responses with most masked tokens, with CPPO's thresholds (Figure 3)."""
-        assert isinstance(self.rule.settings, CPPO)
-        detached = Tokens(tokens.logp.detach(), *(getattr(tokens, f) for f in list(Tokens.__annotations__)[1:]))
-        terms, sums = self.rule(detached), prefix_sums(self.rule.settings, detached)
-        masked = (terms.reason != int(Reason.KEPT)).sum(-1)
-        found = []
-        for row in masked.argsort(descending=True, stable=True)[:DUMPED_ROWS].tolist():
-            length = int(part.mask[row].sum())
-
-            def column(x: Tensor, row: int = row, length: int = length) -> list[float]:
-                return x[row, :length].tolist()
-
-            found.append(
-                {
-                    "iteration": self.iteration,
-                    "row": row,
-                    "delta": self.rule.settings.delta,
-                    "token": [self.tokenizer.decode([i]) for i in part.responses[row, :length].tolist()],
-                    "advantage": column(tokens.advantages),
-                    "ratio": column(ratio(detached)),
-                    "weighted": column(sums.weighted),
-                    "prefix_threshold": column(self.rule.settings.delta + sums.allowed - sums.used),
-                    "threshold": column(sums.threshold),
-                    "reason": column(terms.reason),
-                }
-            )
-        return found
-
     def append(self, stream: str, rows: list[dict[str, Any]]) -> None:
-        """Add JSON lines to a stream."""
+        """Add JSON lines to a stream; the main process does."""
+        if not self.accelerator.is_main_process:
+            return
         path = self.folder / f"{stream}.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, allow_nan=True) + "\n" for row in rows)
@@ -213,15 +212,14 @@ class Trainer:
 
     def save(self) -> None:
         """The training state, and before it evaluation weights where the iteration is one to score."""
+        tensors = {"policy": self.actor.weights(), "optimizer": self.actor.optimizer_state()}
+        if self.valuer is not None:
+            tensors |= {"critic": self.valuer.weights(), "critic_optimizer": self.valuer.optimizer_state()}
+        if not self.accelerator.is_main_process:
+            return
         if self.iteration % self.run.plan.checkpoint_every == 0:
             with whole_folder(self.folder / "checkpoints" / f"step-{self.iteration}") as folder:
-                save_pretrained(self.policy, folder, self.tokenizer)
-        tensors = {"policy": self.policy.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
-        if self.policy.config.tie_word_embeddings:
-            tensors["policy"] = {k: v for k, v in tensors["policy"].items() if k != "lm_head.weight"}
-        if self.critic is not None and self.critic_optimizer is not None:
-            tensors["critic"] = {k: v for k, v in self.critic.state_dict().items() if k != "trunk.lm_head.weight"}
-            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer)
+                save_pretrained(self.policy, folder, self.tokenizer, tensors["policy"])
         info = {name: getattr(self, name) for name in ("iteration", "updates", "nonfinite_in_a_row")}
         save_state(self.folder / "state", self.iteration, tensors, info, self.streams())
 
@@ -235,40 +233,42 @@ class Trainer:
         if found is None:
             return
         tensors, info, damaged = found
-        for line in damaged:
-            tqdm.write(line, file=sys.stderr)
-        _load(self.policy, tensors["policy"])
-        restore_optimizer(self.optimizer, tensors["optimizer"])
-        if self.critic is not None and self.critic_optimizer is not None:
-            _load(self.critic, tensors["critic"])
-            restore_optimizer(self.critic_optimizer, tensors["critic_optimizer"])
+        self.actor.load(tensors["policy"], tensors["optimizer"])
+        if self.valuer is not None:
+            self.valuer.load(tensors["critic"], tensors["critic_optimizer"])
         for name, value in info.items():
             setattr(self, name, value)
-        tqdm.write(f"{self.folder}: continuing after iteration {self.iteration}", file=sys.stderr)
+        if self.accelerator.is_main_process:
+            for line in (*damaged, f"{self.folder}: continuing after iteration {self.iteration}"):
+                tqdm.write(line, file=sys.stderr)
 
 
-def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load weights; the only ones that may be absent are those shared with another parameter."""
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
-    assert not unexpected and all(name.endswith("lm_head.weight") for name in missing), (missing, unexpected)
-
-
-def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> None:
+def train(
+    run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path, trackers: tuple[str, ...] = ()
+) -> None:
     """Train `run` from the base model's checkpoint folder, or continue it, until its DONE file is written.
 
-    SIGTERM (what Slurm sends before a time limit) ends it after the current iteration with its state saved, by
-    `Interrupted`. Raises ValueError when the folder's saved state is of another version of the code or of a package.
+    Called in each of the processes that a launcher started, it trains in all of them together. trackers: names of
+    `Suite.report_to`. SIGTERM (what Slurm sends before a time limit) ends it after the current iteration with its state
+    saved, by `Interrupted`. Raises ValueError when the folder's saved state is of another version of the code or of a
+    package.
     """
     if (folder / "DONE").is_file():
         return
     judge = Judge()
     judge.start()  # before anything is written or computed: without it some answers cannot be judged
-    begin(run, folder, folder / "state", provenance())
-    critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
+    accelerator = make_accelerator(run.plan.scale, trackers, folder / "trackers")
+    if accelerator.is_main_process:
+        begin(run, folder, folder / "state", provenance())
+    accelerator.wait_for_everyone()
+    start_trackers(accelerator, run)
+    critic = ValueModel(_trainable(run, base)) if run.objective.advantage == "gae" else None
     total, status = run.plan.iterations, "finished"
-    bar = tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5)
+    title, quiet = f"{run.label} seed {run.seed}", not accelerator.is_main_process
+    bar = tqdm(total=total, desc=title, unit="it", mininterval=5, disable=quiet)
     with judge, Terminated() as terminated, bar:
-        trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, judge)
+        policy, tokenizer = _trainable(run, base), load_tokenizer(base)
+        trainer = Trainer(run, folder, problems, policy, tokenizer, critic, judge, accelerator)
         trainer.resume()
         bar.update(trainer.iteration)
         while trainer.iteration < total:
@@ -280,11 +280,25 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
             if trainer.nonfinite_in_a_row >= run.plan.collapse_after:
                 status = f"collapsed at step {trainer.iteration}"
                 break
-            if trainer.iteration % run.plan.checkpoint_every == 0 or terminated:
+            if terminated:
+                accelerator.set_trigger()
+            stop = accelerator.check_trigger()  # any rank's: the signal may reach one later than another
+            if trainer.iteration % run.plan.checkpoint_every == 0 or stop:
                 trainer.save()
-            if terminated and trainer.iteration < total:
+            if stop and trainer.iteration < total:
                 raise Interrupted(f"{folder}: stopped by SIGTERM after iteration {trainer.iteration}, which is saved")
-    write_whole(folder / "DONE", json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
+    if accelerator.is_main_process:
+        write_whole(folder / "DONE", json.dumps({"status": status, "iterations": trainer.iteration}) + "\n")
+    accelerator.end_training()
+
+
+def _trainable(run: RunConfig, base: Path) -> PreTrainedModel:
+    """The base model, set up to be trained as the setting says."""
+    model = load_pretrained(base)
+    if run.plan.scale is not None and run.plan.scale.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers recomputes in training mode only; the models have no dropout
+    return model
 
 
 def begin(run: RunConfig, folder: Path, state: Path, here: dict[str, str]) -> None:
@@ -301,23 +315,3 @@ def begin(run: RunConfig, folder: Path, state: Path, here: dict[str, str]) -> No
                 )
     write_whole(folder / "config.json", run.model_dump_json(indent=1))
     write_whole(path, json.dumps(here, indent=1))
-
-
-def estimate(divergence: Divergence, now: Statistics, part: Rollouts) -> Tensor:
-    """D_t [b, T] of the estimator, from what the rollout stored."""
-    if divergence.estimator == "binary":
-        return divergences.binary(now.logp, part.logp, divergence.kind)
-    if divergence.estimator == "exact":
-        assert now.logp_all is not None and part.logp_all is not None
-        return divergences.exact(now.logp_all, part.logp_all, divergence.kind)
-    assert now.topk_logp is not None and part.topk_logp is not None and part.topk_ids is not None
-    return divergences.top_k(
-        now.logp,
-        part.logp,
-        now.topk_logp,
-        part.topk_logp,
-        part.topk_ids,
-        part.responses,
-        divergence.kind,
-        divergence.support or "union",
-    )

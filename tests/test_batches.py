@@ -12,6 +12,7 @@ from cppo.advantages import from_outcomes, zero_variance
 from cppo.batches import Collector, Sampled
 from cppo.config import RunConfig, load_suite
 from cppo.diagnostics import Stopwatch
+from cppo.distributed import Learner, make_accelerator
 from cppo.policy import create_model, create_tokenizer, statistics
 from cppo.problems import make_problems
 from cppo.rewards import Judge
@@ -30,8 +31,9 @@ def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
 
 def collector(run: RunConfig) -> Collector:
     problems = make_problems(run.plan.task, run.setting)["train"]
-    model = create_model(run.plan.model, run.setting)
-    return Collector(run, problems, model, create_tokenizer(), None, Judge(), Stopwatch())
+    model, plan = create_model(run.plan.model, run.setting), run.plan.optimizer
+    policy = Learner(make_accelerator(None), model, plan.lr, plan)
+    return Collector(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch())
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +51,13 @@ def test_recomputed_anchor_is_the_policy_before_the_first_update(tmp_path: Path)
     made = collector(run)
     sampled = made.sample(1)
     with torch.no_grad():
-        for parameter in made.policy.parameters():
+        for parameter in made.policy.module.parameters():
             parameter.mul_(1.5)  # the engine's weights and the trainer's now differ
     batch = made.batch(1, sampled)
     assert torch.equal(batch.rollouts.responses, sampled.rollouts.responses)
     assert not torch.allclose(batch.rollouts.logp, sampled.rollouts.logp, atol=1e-2)
     now = statistics(
-        made.policy, sampled.rollouts.prompts, sampled.rollouts.responses, sampled.rollouts.mask, 1.0, full=True
+        made.policy.module, sampled.rollouts.prompts, sampled.rollouts.responses, sampled.rollouts.mask, 1.0, full=True
     )
     assert now.logp_all is not None and batch.rollouts.topk_ids is not None and batch.rollouts.topk_logp is not None
     assert torch.equal(batch.rollouts.logp, now.logp)
@@ -74,7 +76,7 @@ def test_decoupled_anchor_weights_the_advantages(tmp_path: Path) -> None:
     plain = from_outcomes("grpo", sampled.rewards, 4, mask)
     assert torch.allclose(made.batch(1, sampled).advantages, plain, atol=1e-4)
     with torch.no_grad():
-        for parameter in made.policy.parameters():
+        for parameter in made.policy.module.parameters():
             parameter.mul_(1.5)
     batch = made.batch(1, sampled)
     weight = (batch.rollouts.logp - sampled.rollouts.logp).exp().clamp(max=1.2)

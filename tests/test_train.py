@@ -116,10 +116,12 @@ def test_every_rule_sees_the_same_problems_and_noise(
 
 def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Trainer:
     from cppo.critic import ValueModel
+    from cppo.distributed import make_accelerator
     from cppo.policy import load_tokenizer
 
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
-    return Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, Judge())
+    policy, tokenizer = load_pretrained(base), load_tokenizer(base)
+    return Trainer(run, folder, problems, policy, tokenizer, critic, Judge(), make_accelerator(None))
 
 
 def test_each_epoch_asks_every_problem_once() -> None:

@@ -163,14 +163,16 @@ def test_the_slurm_profile_plans_what_the_suite_asks_for(checkout: Path) -> None
             asked = dict(pair.split("=", 1) for pair in resources.split(", "))
             keys = ("gpu", "nodes", "cpus_per_task", "mem_mb", "runtime", "slurm_extra")
             text = " ".join(asked.get(key, "-").removeprefix("--signal=") for key in keys)
+            if rule == "train":
+                text += " processes " + "".join(re.findall(r"--nproc-per-node (\d+)", asked["launcher"]) or "1")
             planned.setdefault(f"{rule} {w.get('setting') or runs[w['run']]}", set()).add(text)
     assert planned == {
         "data tiny": {"- - 1 4000 60 -"},
         "data other": {"- - 1 4000 60 -"},
         "base tiny": {"- - 4 5250 90 -"},
         "base other": {"- - 1 4000 60 -"},
-        "train tiny": {"2 1 8 10500 90 TERM@540"},
-        "train other": {"- 1 1 4000 60 TERM@360"},
+        "train tiny": {"2 1 8 10500 90 TERM@540 processes 2"},
+        "train other": {"- 1 1 4000 60 TERM@360 processes 1"},
         "evaluate tiny": {"1 - 4 5250 30 -"},
         "evaluate other": {"- - 1 4000 60 -"},
     }

@@ -4,8 +4,8 @@ One protocol, several engines; `torch_engine` runs everywhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class Rollouts:
             logp_all=pick(self.logp_all),
         )
 
+    def to(self, device: torch.device | str) -> "Rollouts":
+        """The same on another device."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     """All rows of all parts, padded to the longest."""
@@ -78,7 +84,7 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         values = [getattr(part, name) for part in parts]
         if values[0] is None:
             return None
-        return torch.cat([_widen(value, width) for value in values])
+        return torch.cat([widen(value, width) for value in values])
 
     responses, mask, logp = stack("responses"), stack("mask"), stack("logp")
     assert responses is not None and mask is not None and logp is not None
@@ -94,7 +100,7 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     )
 
 
-def _widen(x: Tensor, width: int) -> Tensor:
+def widen(x: Tensor, width: int) -> Tensor:
     """x [B, T, ...] with zeros (False) up to `width` columns."""
     return torch.cat([x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])], 1)
 

@@ -6,6 +6,7 @@ instead of a second forward pass.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,19 +78,22 @@ class TorchEngine:
         top_p: float = 1.0,
         record: Record = NOTHING,
     ) -> Rollouts:
-        """See `cppo.rollout.Engine`."""
+        """See `cppo.rollout.Engine`. Works on the model's device; the responses come back in main memory."""
         rows, width = uniforms.shape
+        device = self.model.device
         assert rows == len(prompts)
         training = self.model.training
         self.model.eval()
-        out = _Output(rows, width, record, self.model.config.vocab_size)
+        out = _Output(rows, width, record, self.model.config.vocab_size, device)
+        uniforms = uniforms.to(device)
         by_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
         for group in by_length.values():
-            self._decode([tuple(prompts[i]) for i in group], torch.tensor(group), uniforms, temperature, top_p, out)
+            places = torch.tensor(group, device=device)
+            self._decode([tuple(prompts[i]) for i in group], places, uniforms, temperature, top_p, out)
         self.model.train(training)
-        return out.rollouts(tuple(tuple(p) for p in prompts))
+        return out.rollouts(tuple(tuple(p) for p in prompts)).to("cpu")
 
     def _decode(
         self,
@@ -106,12 +110,12 @@ class TorchEngine:
         capacity = len(prompts[0]) + uniforms.shape[1]
         layers = [PreallocatedLayer(capacity) for _ in range(self.model.config.num_hidden_layers)]
         cache = Cache(layers=layers)
-        logits = self._forward(torch.tensor(distinct), cache)
-        copies = torch.tensor([where[prompt] for prompt in prompts])
+        logits = self._forward(torch.tensor(distinct, device=rows.device), cache)
+        copies = torch.tensor([where[prompt] for prompt in prompts], device=rows.device)
         logits = logits[copies]
         for layer in layers:
             layer.select(copies)
-        active = torch.ones(len(rows), dtype=torch.bool)
+        active = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for t in range(uniforms.shape[1]):
             ids, logp = sample(logits, uniforms[rows, t], temperature, top_p)
             out.write(rows[active], t, ids[active], logp[active])
@@ -128,25 +132,25 @@ class TorchEngine:
 
     def _forward(self, ids: Tensor, cache: Cache) -> Tensor:
         """Logits [B, V] after the last of these tokens."""
-        hidden = self.model.base_model(
-            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        logits: Tensor = self.model.get_output_embeddings()(hidden[:, -1])
-        return logits
+        hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        head = self.model.get_output_embeddings().weight
+        with torch.autocast(hidden.device.type, enabled=False):  # float32, as the trainer's (see `TokenStatistics`)
+            return torch.nn.functional.linear(hidden[:, -1].float(), head.float())
 
 
 class _Output:
     """Result tensors, filled column by column."""
 
-    def __init__(self, rows: int, width: int, record: Record, vocabulary: int) -> None:
+    def __init__(self, rows: int, width: int, record: Record, vocabulary: int, device: torch.device) -> None:
         self.record = record
-        self.responses = torch.zeros(rows, width, dtype=torch.int64)
-        self.mask = torch.zeros(rows, width, dtype=torch.bool)
-        self.logp = torch.zeros(rows, width)
+        zeros = partial(torch.zeros, device=device)
+        self.responses = zeros(rows, width, dtype=torch.int64)
+        self.mask = zeros(rows, width, dtype=torch.bool)
+        self.logp = zeros(rows, width)
         k = record.top_k
-        self.topk_ids = torch.zeros(rows, width, k, dtype=torch.int32) if k else None
-        self.topk_logp = torch.zeros(rows, width, k) if k else None
-        self.logp_all = torch.zeros(rows, width, vocabulary) if record.full else None
+        self.topk_ids = zeros(rows, width, k, dtype=torch.int32) if k else None
+        self.topk_logp = zeros(rows, width, k) if k else None
+        self.logp_all = zeros(rows, width, vocabulary) if record.full else None
 
     def write(self, rows: Tensor, t: int, ids: Tensor, logp: Tensor) -> None:
         """Column t of these rows: sampled ids [b] and the log-probabilities [b, V] they were drawn from."""

@@ -71,6 +71,18 @@ def share(w):
     return asked(w).share
 
 
+def launcher(w):
+    """The Python that trains: one process, or one for each GPU of the node. verl starts its own.
+
+    Not by `accelerate launch`: it reads a user's own settings, and on a CPU starts one process only. SIGTERM waits for
+    the iteration in progress, as long as Slurm does.
+    """
+    scale = run_of(w.run).plan.scale
+    if asked(w).gpus < 2 or (scale is not None and scale.engine == "verl"):
+        return "python"
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {asked(w).gpus} --shutdown-timeout 900"
+
+
 def table_folders():
     """Folder of tables -> the resolved suite: the running suite's, then every published one's."""
     folders = {f"runs/{SUITE}": loaded().model_dump(mode="json")}

@@ -33,9 +33,9 @@ rule train:
         runtime=lambda w: ceil(60 * asked(w).hours),
         slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}"
         + (f" --gpus-per-node={asked(w).gpus}" if asked(w).nodes > 1 else ""),
+        launcher=launcher, # not a param: how many processes train does not change a run
     params:
         baseline="",
-    # One process; several on a node are started here, by the number in resources.gpu.
     shell:
-        "trap '' TERM; python -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
+        "trap '' TERM; {resources.launcher} -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
         " 2> >(tee {log} >&2)"

@@ -1,0 +1,225 @@
+"""One or several processes, through accelerate: placement, mixed precision, DDP and FSDP2, trackers.
+
+A run's numbers do not depend on the number of ranks: sampling noise and minibatches are the run's, rank r samples, judges
+and trains on its own prompts of them, each loss is divided by the whole step's denominator, and what needs all rows
+(advantages, metrics) is gathered. Every rank then holds the whole rollout in main memory.
+Left out: several nodes and model-parallel training, which are verl's.
+
+Legend: R ranks. A rank is one of the processes; the main one (0) alone writes files.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cppo.config import Optimizer, RunConfig, Scale
+
+Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
+
+
+def main_process() -> bool:
+    """Whether this process is the main one, by what the launcher says; usable before there is an accelerator."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError when a tracker's package is missing: accelerate would leave it out in silence."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out of the suite")
+
+
+def make_accelerator(scale: Scale | None, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """The process's accelerator: a GPU where there is one and the setting has a `scale`, else the CPU.
+
+    trackers: names of `Suite.report_to`; folder: where file-based ones write.
+    """
+    use_cpu = scale is None or not torch.accelerator.is_available()
+    scale = scale or Scale()
+    plugin = None
+    if scale.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            mixed_precision_policy=half if scale.precision == "bfloat16" else None,
+        )
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision="bf16" if scale.precision == "bfloat16" else "no",
+        fsdp_plugin=plugin,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if plugin is not None and not accelerator.is_fsdp2:
+        # On a CPU accelerate takes DDP instead, in silence, though its FSDP2 runs on gloo: tell it to.
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, run: RunConfig) -> None:
+    """Begin a run of every tracker, or go on with it."""
+    name = f"{run.setting}-{run.label}-{run.seed}"
+    options = {"wandb": {"name": name, "id": run.id, "resume": "allow"}, "trackio": {"name": name, "resume": "allow"}}
+    about = {"id": run.id, "setting": run.setting, "label": run.label, "seed": run.seed}
+    accelerator.init_trackers("cppo", about, options)
+
+
+def own(accelerator: Accelerator, count: int) -> range:
+    """This rank's share of `count` items: neighbours, at most one more than another rank's; may be empty."""
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    return range(rank * count // ranks, (rank + 1) * count // ranks)
+
+
+def most(accelerator: Accelerator, count: int) -> int:
+    """The largest share of `count` items that any rank has."""
+    ranks: int = accelerator.num_processes
+    return -(-count // ranks)
+
+
+def gather(value: Result) -> list[Result]:
+    """Every rank's value, in the order of ranks; each rank must call it."""
+    found: list[Result] = gather_object([value])
+    return found
+
+
+class Hooked(nn.Module, Generic[Module]):
+    """Runs functions of a module inside a forward pass of its own: where mixed precision, DDP and FSDP2 have their hooks."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.module = module
+        # What FSDP2 shards on its own: the decoder layers, as transformers names them.
+        names = (getattr(part, "_no_split_modules", None) or () for part in module.modules())
+        self._no_split_modules = sorted({name for found in names for name in found})
+
+    def forward(self, function: Callable[[Module], Result]) -> Result:
+        """function(module)."""
+        return function(self.module)
+
+
+class Learner(Generic[Module]):
+    """A module and its AdamW, spread over the ranks."""
+
+    def __init__(self, accelerator: Accelerator, module: Module, lr: float, plan: Optimizer) -> None:
+        """lr: the peak learning rate; the plan's own is not read."""
+        self.accelerator, self.module, self.lr, self.grad_clip = accelerator, module, lr, plan.grad_clip
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=plan.betas, weight_decay=plan.weight_decay)
+        self.hooked, self.optimizer = accelerator.prepare(Hooked(module), optimizer)
+
+    def __call__(self, function: Callable[[Module], Result]) -> Result:
+        """function(module) for training. Every rank must call it equally often: under FSDP2 each gives its weights."""
+        found: Result = self.hooked(function)
+        return found
+
+    @torch.no_grad()
+    def whole(self, function: Callable[[Module], Result]) -> Result:
+        """function(module) without gradient, with whole weights on every rank: ranks may run different numbers of passes.
+
+        Every rank must call it. Under FSDP2 a rank then holds all weights, 4 bytes a parameter (2 in bfloat16), until it
+        returns.
+        """
+        shards = [part for part in self.hooked.modules() if isinstance(part, FSDPModule)]  # the root first
+
+        def unsharded(module: Module) -> Result:
+            for shard in shards:
+                shard.set_reshard_after_forward(False, recurse=False)
+                shard.unshard()
+            return function(module)
+
+        found: Result = self.hooked(unsharded)
+        for i, shard in enumerate(shards):
+            shard.set_reshard_after_forward(i > 0, recurse=False)  # the root's are needed first in the backward pass
+            shard.reshard()
+        return found
+
+    def descend(self, losses: Sequence[Callable[[], Tensor]], share: float) -> tuple[float, float]:
+        """One clipped AdamW step on the sum of the losses of all micro-batches and ranks: (its value, gradient norm).
+
+        losses: this rank's; every rank has equally many. share: of the peak learning rate.
+        A non-finite loss or gradient changes nothing and gives a NaN norm, on every rank.
+        """
+        self.optimizer.zero_grad()
+        values = []
+        for i, loss in enumerate(losses):
+            with nullcontext() if i + 1 == len(losses) else self._no_sync():
+                value = loss()
+                self.accelerator.backward(value * self.accelerator.num_processes)  # both take the mean over the ranks
+            values.append(value.detach())
+        total = float(self.accelerator.reduce(torch.stack(values).sum()))
+        gradient = torch.nn.utils.clip_grad_norm_(self.hooked.parameters(), self.grad_clip)
+        norm = float(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            return total, math.nan
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * share
+        self.optimizer.step()
+        return total, norm
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        """DDP adds gradients up here before it sends them; FSDP2 sends each micro-batch's: whole ones may not fit."""
+        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(self.hooked)
+
+    # Saving and resuming: whole tensors, so that another number of ranks can go on -------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's tensors on the CPU, on the main process; every rank must call it. A tied one has one name."""
+        tensors = self.module.state_dict()
+        parameters = {name for name, _ in self.module.named_parameters()}
+        tied = {name for name, x in self.module.named_parameters(remove_duplicate=False)} - parameters
+        return self._collected({name: x for name, x in tensors.items() if name not in tied})
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's per-parameter state, "<parameter>.<name>", as `weights`."""
+        state = self.optimizer.state_dict()["state"]
+        return self._collected({f"{i}.{name}": x for i, entries in state.items() for name, x in entries.items()})
+
+    def load(self, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> None:
+        """Put back what `weights` and `optimizer_state` gave."""
+        now = self.module.state_dict()
+        found = {name: _like(now[name], x) for name, x in weights.items()}
+        missing, unexpected = self.module.load_state_dict(found, strict=False)
+        tied = {name for name, _ in self.module.named_parameters(remove_duplicate=False)} - set(weights)
+        assert not unexpected and set(missing) <= tied, (missing, unexpected)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, x in optimizer_state.items():
+            index, _, name = key.partition(".")
+            like = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = _like(like, x) if x.shape == like.shape else x
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of the main process, one after the other; nothing on others."""
+        found = {}
+        for name, x in tensors.items():
+            whole = x.full_tensor() if isinstance(x, DTensor) else x  # every rank gives its part
+            if self.accelerator.is_main_process:
+                found[name] = whole.to("cpu")
+        return found
+
+
+def _like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, held by every rank, split as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    here = whole.to(tensor.device)
+    return distribute_tensor(here, tensor.device_mesh, tensor.placements, src_data_rank=None)
