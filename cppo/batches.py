@@ -13,15 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cppo import advantages
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel
-from cppo.diagnostics import Stopwatch
+from cppo.diagnostics import Stopwatch, mismatch_metrics
 from cppo.loss import Metrics
 from cppo.policy import statistics
 from cppo.problems import Problem
 from cppo.prompts import prompt_ids
 from cppo.rewards import Judge, overlong_penalty
-from cppo.rollout import Record, Rollouts, concatenate
-from cppo.rollout.torch_engine import TorchEngine
+from cppo.rollout import Engine, Record, Rollouts, concatenate
 from cppo.seeds import torch_generator, uniforms
+
+PROBED_ROWS = 16
+"""Responses of a rollout on which the engine's log-probabilities are compared with the trainer's."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Collector:
     critic: ValueModel | None
     judge: Judge
     clock: Stopwatch
+    engine: Engine
 
     def sample(self, iteration: int, attempt: int = 0) -> Sampled:
         """P prompts, each G times, with their responses and verdicts."""
@@ -92,9 +95,9 @@ class Collector:
         noise = uniforms(len(asked), plan.max_response_tokens, "rollout", run.setting, run.seed, draw)
         record = recorded(run.objective.divergence)
         with self.clock.timed("rollout"):
-            rollouts = TorchEngine(self.policy).generate(prompts, noise, plan.temperature, record=record)
+            rollouts = self.engine.generate(prompts, noise, plan.temperature, record=record)
         with self.clock.timed("reward"):
-            texts = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(rollouts.token_lists(), skip_special_tokens=True)
             found = [self.judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
         verdicts = torch.tensor([math.nan if v is None else v for v in found])
         rewards = verdicts
@@ -107,6 +110,8 @@ class Collector:
     def gather(self, iteration: int) -> Sampled:
         """The iteration's sample; with `resample`, prompts of zero variance are replaced by later ones while any are left."""
         plan = self.run.plan.rollout
+        with self.clock.timed("sync"):
+            self.engine.sync(self.policy)
         found = self.sample(iteration)
         for attempt in range(1, plan.resample + 1):
             flat = advantages.zero_variance(found.rewards, plan.responses)[:: plan.responses]
@@ -122,6 +127,31 @@ class Collector:
                 concatenate([kept.rollouts, new.rollouts]),
                 torch.cat([kept.verdicts, new.verdicts]),
                 torch.cat([kept.rewards, new.rewards]),
+            )
+        with self.clock.timed("sync"):
+            self.engine.sleep()
+        return found
+
+    def mismatch(self, rollouts: Rollouts) -> Metrics:
+        """What separates vLLM's log-probabilities from the trainer's, on some rows of a rollout before any update of it.
+
+        The very responses that are trained on are compared, so whatever goes wrong on the way is seen: weights that did not
+        arrive, old keys and values, another temperature. Nothing for the torch engine, which has the trainer's weights.
+        Raises ValueError when the 99% quantile is above `scale.vllm_tolerance`.
+        """
+        scale, count = self.run.plan.scale, len(rollouts.prompts)
+        if scale is None or scale.engine != "vllm":
+            return {}
+        probed = min(PROBED_ROWS, count)
+        part = rollouts.rows(torch.arange(probed) * count // probed)
+        with self.clock.timed("sync"), torch.no_grad():
+            now = statistics(self.policy, part.prompts, part.responses, part.mask, self.run.plan.rollout.temperature)
+        found = mismatch_metrics(now.logp, part.logp, part.mask)
+        error, _ = found["mismatch_logp/q99"]
+        if not error <= scale.tolerance:  # NaN is no agreement
+            raise ValueError(
+                f"scale.engine vllm: its log-probabilities are not the trainer's: 99% quantile of the difference {error:.2g}, "
+                f"allowed {scale.tolerance:g}; on a CPU vLLM takes over weights of dense untied models only: take engine torch"
             )
         return found
 

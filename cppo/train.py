@@ -13,6 +13,7 @@ Legend: P prompts, G responses a prompt, B = P G rows of a rollout, b rows of a 
 import json
 import math
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cppo.batches import Batch, Collector
 from cppo.checkpoint import load_latest, optimizer_tensors, restore_optimizer, save_state
 from cppo.config import Divergence, RunConfig
 from cppo.critic import ValueModel, value_loss
-from cppo.diagnostics import Stopwatch, add, by_position, probability_shift, token_metrics
+from cppo.diagnostics import QUANTILES, Stopwatch, add, by_position, probability_shift, token_metrics
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.interrupts import Interrupted, Terminated, enough_memory
 from cppo.loss import Metrics, batch_denominator, policy_loss
@@ -38,7 +39,7 @@ from cppo.policy import Statistics, load_pretrained, load_tokenizer, save_pretra
 from cppo.problems import Problem
 from cppo.provenance import provenance
 from cppo.rewards import Judge
-from cppo.rollout import Rollouts
+from cppo.rollout import Engine, EngineDied, Rollouts, engine
 
 POSITION_BINS = 16
 """Bins of the drift by position over the longest response."""
@@ -58,6 +59,7 @@ class Trainer:
     tokenizer: PreTrainedTokenizerFast
     critic: ValueModel | None
     judge: Judge
+    engine: Engine
     iteration: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
@@ -73,8 +75,9 @@ class Trainer:
             else None
         )
         self.clock = Stopwatch()
+        self.compared = False
         self.collector = Collector(
-            self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge, self.clock
+            self.run, self.problems, self.policy, self.tokenizer, self.critic, self.judge, self.clock, self.engine
         )
 
     # One iteration ---------------------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ class Trainer:
         with self.clock.timed("advantage"):
             batch = self.collector.batch(self.iteration, sampled)
         plan = self.run.plan.rollout
-        metrics: Metrics = batch.metrics(plan.responses)
+        metrics: Metrics = batch.metrics(plan.responses) | self.mismatch(sampled.rollouts)
         shifts: list[tuple[Tensor, Tensor]] = []
         with self.clock.timed("update"):
             rows = plan.minibatch * plan.responses
@@ -99,6 +102,19 @@ class Trainer:
         self.append("positions", self.positions(shifts))
         account = self.clock.account(int(batch.rollouts.mask.sum()))
         self.append("timings", [{"iteration": self.iteration, **account}])
+
+    def mismatch(self, rollouts: Rollouts) -> Metrics:
+        """The engine's error in this rollout; told once, beside the thresholds that it must stay well below."""
+        found = self.collector.mismatch(rollouts)
+        if found and not self.compared:
+            self.compared = True
+            lines = [
+                f"{sign} " + ", ".join(f"{label} {found[f'{name}/{label}'][0]:.1e}" for label in QUANTILES)
+                for sign, name in (("|log pi - log mu|", "mismatch_logp"), ("|pi - mu|", "mismatch_prob"))
+            ]
+            limits = [f"{name} {value:g}" for name, value in vars(self.rule.settings).items() if name.startswith("delta")]
+            tqdm.write(f"{self.folder}: engine against trainer at the same weights: {'; '.join(lines + limits)}")
+        return found
 
     def update(
         self, batch: Batch, rows: Tensor, metrics: Metrics, shifts: list[tuple[Tensor, Tensor]], last: bool
@@ -267,13 +283,20 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     total, status = run.plan.iterations, "finished"
     bar = tqdm(total=total, desc=f"{run.label} seed {run.seed}", unit="it", mininterval=5)
-    with judge, Terminated() as terminated, bar:
-        trainer = Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, judge)
+    policy, tokenizer = load_pretrained(base), load_tokenizer(base)
+    with judge, Terminated() as terminated, closing(engine(run.plan.scale, base, policy)) as sampler, bar:
+        trainer = Trainer(run, folder, problems, policy, tokenizer, critic, judge, sampler)
         trainer.resume()
         bar.update(trainer.iteration)
         while trainer.iteration < total:
-            with enough_memory(folder, trainer.iteration + 1):
-                trainer.step()
+            try:
+                with enough_memory(folder, trainer.iteration + 1):
+                    trainer.step()
+            except EngineDied:
+                if not terminated:
+                    raise
+                # Slurm sends SIGTERM to every process of a job, so to vLLM's too.
+                raise Interrupted(f"{folder}: stopped by SIGTERM in iteration {trainer.iteration}, before its updates") from None
             bar.update()
             if judge.unjudged:
                 bar.set_postfix(unjudged=judge.unjudged, refresh=False)

@@ -16,6 +16,7 @@ from cppo.policy import create_model, create_tokenizer, statistics
 from cppo.problems import make_problems
 from cppo.rewards import Judge
 from cppo.rollout import concatenate
+from cppo.rollout.torch_engine import TorchEngine
 
 
 def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
@@ -31,7 +32,7 @@ def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
 def collector(run: RunConfig) -> Collector:
     problems = make_problems(run.plan.task, run.setting)["train"]
     model = create_model(run.plan.model, run.setting)
-    return Collector(run, problems, model, create_tokenizer(), None, Judge(), Stopwatch())
+    return Collector(run, problems, model, create_tokenizer(), None, Judge(), Stopwatch(), TorchEngine(model))
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from cppo.config import RunConfig, Suite
 from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained
 from cppo.problems import Problem, make_problems
 from cppo.rewards import Judge
+from cppo.rollout.torch_engine import TorchEngine
 from cppo.train import Trainer, train
 
 STABLE = ("metrics.jsonl", "positions.jsonl", "tokens.jsonl")
@@ -119,7 +120,8 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
     from cppo.policy import load_tokenizer
 
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
-    return Trainer(run, folder, problems, load_pretrained(base), load_tokenizer(base), critic, Judge())
+    policy = load_pretrained(base)
+    return Trainer(run, folder, problems, policy, load_tokenizer(base), critic, Judge(), TorchEngine(policy))
 
 
 def test_each_epoch_asks_every_problem_once() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cppo.policy import EOS
-from cppo.rollout import NOTHING, Record, Rollouts, sample
+from cppo.rollout import NOTHING, Record, Rollouts, end_tokens, sample
 
 # Rows are dropped from the cache once so many are finished: each drop copies the cache.
 DROP_BELOW = 0.75
@@ -67,6 +66,16 @@ class TorchEngine:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.ends = torch.tensor(end_tokens(model.generation_config))
+
+    def sync(self, policy: PreTrainedModel) -> None:
+        """Nothing to do: it samples from the policy itself."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it holds no memory between rollouts."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def generate(
@@ -82,7 +91,7 @@ class TorchEngine:
         assert rows == len(prompts)
         training = self.model.training
         self.model.eval()
-        out = _Output(rows, width, record, self.model.config.vocab_size)
+        out = _Output(rows, width, record, self.model.config.vocab_size, self.ends)
         by_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
@@ -115,7 +124,7 @@ class TorchEngine:
         for t in range(uniforms.shape[1]):
             ids, logp = sample(logits, uniforms[rows, t], temperature, top_p)
             out.write(rows[active], t, ids[active], logp[active])
-            active &= ids != EOS
+            active &= ~torch.isin(ids, self.ends)
             remaining = int(active.sum())
             if remaining == 0 or t + 1 == uniforms.shape[1]:
                 break
@@ -138,8 +147,8 @@ class TorchEngine:
 class _Output:
     """Result tensors, filled column by column."""
 
-    def __init__(self, rows: int, width: int, record: Record, vocabulary: int) -> None:
-        self.record = record
+    def __init__(self, rows: int, width: int, record: Record, vocabulary: int, ends: Tensor) -> None:
+        self.record, self.ends = record, ends
         self.responses = torch.zeros(rows, width, dtype=torch.int64)
         self.mask = torch.zeros(rows, width, dtype=torch.bool)
         self.logp = torch.zeros(rows, width)
@@ -167,4 +176,4 @@ class _Output:
         parts = (self.responses, self.mask, self.logp, self.topk_ids, self.topk_logp, self.logp_all)
         responses, mask, logp, ids, topk, full = (None if p is None else p[:, :longest] for p in parts)
         assert responses is not None and mask is not None and logp is not None
-        return Rollouts(prompts, responses, mask, last != EOS, logp, ids, topk, full)
+        return Rollouts(prompts, responses, mask, ~torch.isin(last, self.ends), logp, ids, topk, full)
