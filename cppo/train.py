@@ -112,7 +112,9 @@ class Trainer:
                 f"{sign} " + ", ".join(f"{label} {found[f'{name}/{label}'][0]:.1e}" for label in QUANTILES)
                 for sign, name in (("|log pi - log mu|", "mismatch_logp"), ("|pi - mu|", "mismatch_prob"))
             ]
-            limits = [f"{name} {value:g}" for name, value in vars(self.rule.settings).items() if name.startswith("delta")]
+            limits = [
+                f"{name} {value:g}" for name, value in vars(self.rule.settings).items() if name.startswith("delta")
+            ]
             tqdm.write(f"{self.folder}: engine against trainer at the same weights: {'; '.join(lines + limits)}")
         return found
 
@@ -296,7 +298,9 @@ def train(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Pat
                 if not terminated:
                     raise
                 # Slurm sends SIGTERM to every process of a job, so to vLLM's too.
-                raise Interrupted(f"{folder}: stopped by SIGTERM in iteration {trainer.iteration}, before its updates") from None
+                raise Interrupted(
+                    f"{folder}: stopped by SIGTERM in iteration {trainer.iteration}, before its updates"
+                ) from None
             bar.update()
             if judge.unjudged:
                 bar.set_postfix(unjudged=judge.unjudged, refresh=False)

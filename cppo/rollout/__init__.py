@@ -146,7 +146,7 @@ class Engine(Protocol):
 
 
 def engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel | None = None) -> Engine:
-    """The engine that `scale` asks for. For training: beside `policy`; without one it has the checkpoint's accelerator to itself.
+    """The engine that `scale` asks for, with the checkpoint's weights; in training beside `policy`, else alone on its GPU.
 
     Raises ValueError when vLLM is asked for and is not installed or does not start.
     """
@@ -159,7 +159,9 @@ def engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel 
     try:
         from cppo.rollout.vllm_engine import VllmEngine
     except ModuleNotFoundError as error:
-        raise ValueError(f"scale.engine: {error.name} is not installed; docs/cluster.md, section vLLM, says how") from None
+        raise ValueError(
+            f"scale.engine: {error.name} is not installed; docs/cluster.md, section vLLM, says how"
+        ) from None
     if policy is None:
         return VllmEngine(checkpoint, scale.precision, ALONE)
     return VllmEngine(checkpoint, scale.precision, scale.vllm_memory, scale.vllm_gpus)
@@ -169,7 +171,9 @@ def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
     """Ids that end a response: a model's generation configuration names one or several. ValueError when it names none."""
     ids = config.eos_token_id
     if ids is None:
-        raise ValueError("generation_config.json: eos_token_id is missing; a model needs a token that ends its responses")
+        raise ValueError(
+            "generation_config.json: eos_token_id is missing; a model needs a token that ends its responses"
+        )
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 

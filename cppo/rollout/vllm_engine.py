@@ -14,19 +14,23 @@ that does not happen.
 """
 
 import hashlib
+import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -36,6 +40,8 @@ SEEDING = 8
 """Positions of a row's noise that make its seed."""
 CPU_CACHE = 2**30
 """Bytes of keys and values on a CPU, which is for tests."""
+SHUTDOWN = 30.0
+"""Seconds after which vLLM's processes are killed if they have not ended by themselves."""
 
 
 class VllmEngine:
@@ -49,6 +55,7 @@ class VllmEngine:
     def __init__(
         self, checkpoint: str | Path, precision: Literal["float32", "bfloat16"], memory: float, gpus: int = 0
     ) -> None:
+        disable_progress_bar()  # a line for every written checkpoint, so for every rollout
         on_gpu = torch.cuda.is_available()
         devices = _devices(gpus) if on_gpu else []
         self.sleeps, self.asleep = on_gpu and gpus == 0, False
@@ -63,6 +70,7 @@ class VllmEngine:
             if on_gpu
             else {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True}
         )
+        others = multiprocessing.active_children()
         try:
             with _processes_see(devices):
                 self.llm = LLM(
@@ -72,11 +80,13 @@ class VllmEngine:
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
                     max_logprobs=-1,
+                    use_tqdm_on_load=False,
                     **options,
                 )
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{checkpoint}: vLLM did not start, its messages are above: {reason}") from error
+        self.processes = [child for child in multiprocessing.active_children() if child not in others]
 
     def generate(
         self,
@@ -113,8 +123,8 @@ class VllmEngine:
             for noise in uniforms
         ]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        with _alive():
-            outputs = [request.outputs[0] for request in self.llm.generate(asked, params, use_tqdm=False)]
+        requests = self._call(self.llm.generate, asked, params, use_tqdm=False)
+        outputs = [request.outputs[0] for request in requests]
         return self._rollouts(tuple(tuple(p) for p in prompts), outputs, record.top_k)
 
     def _rollouts(self, prompts: tuple[tuple[int, ...], ...], outputs: list[Any], k: int) -> Rollouts:
@@ -145,41 +155,54 @@ class VllmEngine:
     def sync(self, policy: PreTrainedModel) -> None:
         """See `cppo.rollout.Engine`. Raises ValueError when vLLM has died."""
         policy.save_pretrained(self.folder.name)
-        with _alive():
-            if self.asleep:
-                self.llm.wake_up(["weights"])
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.folder.name})
-            if self.asleep:
-                self.llm.wake_up(["kv_cache"])
-            self.asleep = False
-            self.llm.reset_prefix_cache()
+        if self.asleep:
+            self._call(self.llm.wake_up, ["weights"])
+        self._call(self.llm.collective_rpc, "reload_weights", kwargs={"weights_path": self.folder.name})
+        if self.asleep:
+            self._call(self.llm.wake_up, ["kv_cache"])
+        self.asleep = False
+        self._call(self.llm.reset_prefix_cache)
 
     def sleep(self) -> None:
         """See `cppo.rollout.Engine`. Level 2: `sync` brings new weights anyway, so the old ones are dropped."""
         if self.sleeps:
-            with _alive():
-                self.llm.sleep(level=2)
+            self._call(self.llm.sleep, level=2)
             self.asleep = True
 
     def close(self) -> None:
         """End vLLM's processes."""
-        self.llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN)
         self.folder.cleanup()
+
+    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The result of one of vLLM's functions, or EngineDied.
+
+        In a thread: `LLM` waits forever for an answer of a process that was killed while it worked.
+        """
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(function(*args, **options))
+            except BaseException as error:  # handed over to the waiting thread
+                answer.set_exception(error)
+
+        Thread(target=ask, daemon=True).start()
+        while not answer.done() and all(process.is_alive() for process in self.processes):
+            wait([answer], timeout=1.0)
+        try:
+            if answer.done():
+                return answer.result()
+        except EngineDeadError:
+            pass
+        raise EngineDied(
+            "engine vllm: its process died, its messages are above; start again: the run continues from its last saved state"
+        )
 
 
 def row_seed(noise: Tensor) -> int:
     """A row's seed from its noise [T]: 63 bits."""
     return int.from_bytes(hashlib.sha256(noise[:SEEDING].numpy().tobytes()).digest()[:8], "big") >> 1
-
-
-@contextmanager
-def _alive() -> Iterator[None]:
-    try:
-        yield
-    except EngineDeadError:
-        raise EngineDied(
-            "engine vllm: its process died, its messages are above; start again: the run continues from its last saved state"
-        ) from None
 
 
 def _devices(gpus: int) -> list[str]:
