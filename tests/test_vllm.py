@@ -287,11 +287,11 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
     """SIGKILL to vLLM's engine while it samples for iteration 2: one line, iteration 1 is saved, and a restart finishes."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
     problems = make_problems(run.plan.task, run.setting)["train"]
-    folder, original, victims = tmp_path / "run", Collector.sample, []
+    folder, original, workers = tmp_path / "run", Collector.sample, list[psutil.Process]()
 
     def killed(self: Collector, iteration: int, attempt: int = 0) -> Any:
         if iteration == 2:
-            victims.extend(child.pid for child in psutil.Process(engines()[-1]).children())
+            workers.extend(psutil.Process(engines()[-1]).children())
             os.kill(engines()[-1], signal.SIGKILL)
         return original(self, iteration, attempt)
 
@@ -299,7 +299,7 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
         patched.setattr(Collector, "sample", killed)
         train(run, base, problems, folder)
     assert str(died.value).startswith("engine vllm: its process died") and "\n" not in str(died.value)
-    assert not psutil.pid_exists(victims[0]), "the engine's own worker outlives it"
+    assert len(workers) == 1 and not psutil.wait_procs(workers, timeout=20)[1], "the engine's worker outlives it"
     assert not (folder / "DONE").exists() and [p.name for p in (folder / "checkpoints").iterdir()] == ["step-1"]
     assert load_pretrained(folder / "checkpoints" / "step-1") is not None
     train(run, base, problems, folder)

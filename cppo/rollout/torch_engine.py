@@ -66,7 +66,7 @@ class TorchEngine:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.ends = torch.tensor(end_tokens(model.generation_config))
+        self.ends = end_tokens(model.generation_config)
 
     def sync(self, policy: PreTrainedModel) -> None:
         """Nothing to do: it samples from the policy itself."""
@@ -91,7 +91,7 @@ class TorchEngine:
         assert rows == len(prompts)
         training = self.model.training
         self.model.eval()
-        out = _Output(rows, width, record, self.model.config.vocab_size, self.ends)
+        out = _Output(rows, width, record, self.model.config.vocab_size, torch.tensor(self.ends, device=self.model.device))
         by_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
@@ -124,7 +124,7 @@ class TorchEngine:
         for t in range(uniforms.shape[1]):
             ids, logp = sample(logits, uniforms[rows, t], temperature, top_p)
             out.write(rows[active], t, ids[active], logp[active])
-            active &= ~torch.isin(ids, self.ends)
+            active &= ~torch.isin(ids, out.ends)
             remaining = int(active.sum())
             if remaining == 0 or t + 1 == uniforms.shape[1]:
                 break
