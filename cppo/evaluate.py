@@ -61,7 +61,9 @@ class Score:
 class CheckpointLM(LM):  # type: ignore[misc]
     """A checkpoint folder as an lm-eval model, sampled by the engine of `scale` with named seeds."""
 
-    def __init__(self, pretrained: str, task: Task | MathTask, setting: str, seed: int, scale: Scale | None = None) -> None:
+    def __init__(
+        self, pretrained: str, task: Task | MathTask, setting: str, seed: int, scale: Scale | None = None
+    ) -> None:
         super().__init__()
         self.engine, self.tokenizer = engine(scale, pretrained), load_tokenizer(pretrained)
         self.task, self.setting, self.seed_axis = task, setting, seed

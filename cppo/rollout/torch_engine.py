@@ -91,7 +91,9 @@ class TorchEngine:
         assert rows == len(prompts)
         training = self.model.training
         self.model.eval()
-        out = _Output(rows, width, record, self.model.config.vocab_size, torch.tensor(self.ends, device=self.model.device))
+        out = _Output(
+            rows, width, record, self.model.config.vocab_size, torch.tensor(self.ends, device=self.model.device)
+        )
         by_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)

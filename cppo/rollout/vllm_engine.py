@@ -29,7 +29,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -59,7 +59,7 @@ class VllmEngine:
         on_gpu = torch.cuda.is_available()
         devices = _devices(gpus) if on_gpu else []
         self.sleeps, self.asleep = on_gpu and gpus == 0, False
-        self.ends = end_tokens(GenerationConfig.from_pretrained(checkpoint))
+        self.ends = end_tokens(_generation_config(Path(checkpoint)))
         self.folder = tempfile.TemporaryDirectory(prefix="cppo-vllm-")
         options: dict[str, Any] = (
             {
@@ -203,6 +203,13 @@ class VllmEngine:
 def row_seed(noise: Tensor) -> int:
     """A row's seed from its noise [T]: 63 bits."""
     return int.from_bytes(hashlib.sha256(noise[:SEEDING].numpy().tobytes()).digest()[:8], "big") >> 1
+
+
+def _generation_config(checkpoint: Path) -> GenerationConfig:
+    """As transformers gives it to a loaded model: from its own file, or else from the model's configuration."""
+    if (checkpoint / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint))
 
 
 def _devices(gpus: int) -> list[str]:
