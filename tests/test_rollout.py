@@ -83,7 +83,7 @@ def test_any_of_the_models_end_tokens_ends_a_response() -> None:
 def test_the_engine_is_the_scales(tmp_path: Path) -> None:
     """The policy itself in training, the checkpoint in evaluation; vLLM is imported only where it is asked for."""
     policy = create_model(DENSE, "test")
-    save_pretrained(policy, tmp_path)
+    save_pretrained(policy, tmp_path, create_tokenizer())
     assert isinstance(beside := engine(None, tmp_path, policy), TorchEngine) and beside.model is policy
     assert isinstance(alone := engine(Scale(), tmp_path), TorchEngine)
     assert torch.equal(alone.model.get_input_embeddings().weight, policy.get_input_embeddings().weight)

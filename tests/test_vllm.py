@@ -19,13 +19,13 @@ import torch
 from tiny import DENSE, MOE, run_of, smoke
 from transformers import PreTrainedModel
 
+from cppo.__main__ import main
 from cppo.batches import Collector
 from cppo.config import Model, RunConfig, Scale
 from cppo.diagnostics import Stopwatch
 from cppo.evaluate import evaluate, read_scores
-from cppo.lm_task import write_task
 from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained, statistics
-from cppo.problems import Problem, make_problems, write_problems
+from cppo.problems import Problem, make_problems
 from cppo.rewards import Judge
 from cppo.rollout import EngineDied, Record, Rollouts
 from cppo.rollout.torch_engine import TorchEngine
@@ -52,7 +52,7 @@ def prompt_ids(times: int = 1) -> list[list[int]]:
 
 
 def checkpoint(model: Model, folder: Path) -> Path:
-    save_pretrained(create_model(model, "test"), folder)
+    save_pretrained(create_model(model, "test"), folder, create_tokenizer())
     return folder
 
 
@@ -254,9 +254,9 @@ def easy_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two iterations and the scores of their checkpoints, with a mismatch line at the start and metrics in each iteration."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
-    problems = make_problems(run.plan.task, run.setting)
+    problems = make_problems(run.plan.task, run.setting)["train"]
     folder, before = tmp_path / "run", engines()
-    train(run, base, problems["train"], folder)
+    train(run, base, problems, folder)
     assert json.loads((folder / "DONE").read_text()) == {"status": "finished", "iterations": 2}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2] and all(row["grad_norm"] for row in rows)
@@ -267,13 +267,9 @@ def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert out.count("engine against trainer at the same weights: |log pi - log mu| q50") == 1
     assert "; delta 0.05; delta_b " in out
 
-    data = tmp_path / "data"
-    for benchmark in run.plan.task.benchmarks:
-        write_problems(problems[benchmark.name], data / f"{benchmark.name}.jsonl")
-        how, longest = run.evaluation, run.plan.rollout.max_response_tokens
-        path = data / f"{benchmark.name}.jsonl"
-        write_task(data / "lm_eval", benchmark.name, path, how.samples, how.temperature, how.top_p, longest)
-    evaluate(run, folder, data)
+    suite = ["--suite", str(tmp_path / "suite" / "suite.yaml"), "--root", str(tmp_path)]
+    assert main(["data", *suite, "--setting", "tiny"]) == 0
+    evaluate(run, folder, tmp_path / run.base.data)
     scores = read_scores(folder / "scores.csv")
     assert {score.step for score in scores} == {1, 2}
     assert all(score.samples == run.evaluation.samples and score.mean_length >= 1 for score in scores)
