@@ -115,7 +115,10 @@ class Trainer:
             limits = [
                 f"{name} {value:g}" for name, value in vars(self.rule.settings).items() if name.startswith("delta")
             ]
-            tqdm.write(f"{self.folder}: engine against trainer at the same weights: {'; '.join(lines + limits)}")
+            tqdm.write(
+                f"{self.folder}: engine against trainer at the same weights: {'; '.join(lines + limits)}",
+                file=sys.stderr,
+            )
         return found
 
     def update(

@@ -6,7 +6,6 @@ Skipped where vLLM is not installed: it has an environment of its own (`make ven
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -238,10 +237,10 @@ def test_guard_refuses_numbers_that_are_none(shared: VllmEngine, policy: PreTrai
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-def engines() -> list[int]:
-    """Process ids of the running engines, newest last."""
+def engines() -> set[psutil.Process]:
+    """The running engines' processes."""
     children = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
-    return sorted(child.pid for child in children if child.pid is not None)
+    return {psutil.Process(child.pid) for child in children}
 
 
 @pytest.fixture
@@ -283,12 +282,14 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
     """SIGKILL to vLLM's engine while it samples for iteration 2: one line, iteration 1 is saved, and a restart finishes."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
     problems = make_problems(run.plan.task, run.setting)["train"]
-    folder, original, workers = tmp_path / "run", Collector.sample, list[psutil.Process]()
+    folder, original, before = tmp_path / "run", Collector.sample, engines()
+    workers: list[psutil.Process] = []
 
     def killed(self: Collector, iteration: int, attempt: int = 0) -> Any:
         if iteration == 2:
-            workers.extend(psutil.Process(engines()[-1]).children())
-            os.kill(engines()[-1], signal.SIGKILL)
+            (victim,) = engines() - before
+            workers.extend(victim.children())
+            victim.kill()  # SIGKILL
         return original(self, iteration, attempt)
 
     with monkeypatch.context() as patched, pytest.raises(EngineDied) as died:
@@ -307,8 +308,10 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
 @pytest.mark.parametrize("working", [True, False], ids=["while it samples", "before it is asked"])
 def test_a_killed_worker_is_noticed(working: bool, base: Path) -> None:
     """The process that holds the weights, which is what an out-of-memory killer picks."""
+    before = engines()
     with closing(VllmEngine(base, "float32", 0.4)) as engine:
-        (worker,) = psutil.Process(engines()[-1]).children()
+        (victim,) = engines() - before
+        (worker,) = victim.children()
         killer = Timer(0.5 if working else 0.0, worker.kill)
         killer.start()
         if not working:
