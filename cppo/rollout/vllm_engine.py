@@ -231,16 +231,15 @@ def _devices(gpus: int) -> list[str]:
 
 @contextmanager
 def _processes_see(devices: list[str]) -> Iterator[None]:
-    """Processes started in the block see these GPUs only, and nothing of the launcher of a distributed training."""
-    launcher = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("TORCHELASTIC_")}
+    """Processes started in the block see these GPUs only; without any, nothing changes."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
     if devices:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(kept)
+        os.environ[name] = ",".join(devices)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        if devices and before is None:
+            del os.environ[name]
+        elif before is not None:
+            os.environ[name] = before
