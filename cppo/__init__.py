@@ -5,7 +5,7 @@ What it is: objectives as pure functions (`cppo.objectives`), one reduction (`cp
 What it leaves out: distributed engines of its own; those are accelerate, vLLM and verl.
 
 Imports point only backwards in this order: presets, config, hub, seeds, files, interrupts, lock, problems, policy,
-prompts, rollout, rewards, datasets, advantages, divergences, objectives, loss, laws, diagnostics, critic, distributed,
+prompts, distributed, rollout, rewards, datasets, advantages, divergences, objectives, loss, laws, diagnostics, critic,
 batches, checkpoint, provenance, train, base, lm_task, evaluate, statistics, theory, tables, plan, trace, docs,
 integrations, __main__.
 """

@@ -15,16 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cppo import advantages, divergences
 from cppo.config import Divergence, RunConfig, Scale
 from cppo.critic import ValueModel
-from cppo.diagnostics import Stopwatch
+from cppo.diagnostics import Stopwatch, mismatch_metrics
 from cppo.distributed import Learner, gather, most, own
 from cppo.loss import Metrics
 from cppo.policy import Statistics, statistics
 from cppo.problems import Problem
 from cppo.prompts import prompt_ids
 from cppo.rewards import Judge, overlong_penalty
-from cppo.rollout import Record, Rollouts, concatenate, widen
-from cppo.rollout.torch_engine import TorchEngine
+from cppo.rollout import Engine, Record, Rollouts, concatenate, widen
 from cppo.seeds import torch_generator, uniforms
+
+PROBED_ROWS = 16
+"""Responses of a rollout on which the engine's log-probabilities are compared with the trainer's."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Collector:
     critic: Learner[ValueModel] | None
     judge: Judge
     clock: Stopwatch
+    engine: Engine
 
     def own_rows(self, first: int, prompts: int) -> Tensor:
         """This rank's rows [b] of so many prompts from the first-th on: whole groups."""
@@ -144,15 +147,15 @@ class Collector:
         record, rows = recorded(run.objective.divergence), self.own_rows(0, plan.prompts)
         own_prompts = [prompts[i] for i in rows.tolist()]
 
-        def generate(model: PreTrainedModel) -> Rollouts | None:
+        def generate() -> Rollouts | None:
             if not own_prompts:
                 return None  # fewer prompts than ranks
-            return TorchEngine(model).generate(own_prompts, noise[rows], plan.temperature, record=record)
+            return self.engine.generate(own_prompts, noise[rows], plan.temperature, record=record)
 
         with self.clock.timed("rollout"):
-            mine = self.policy.whole(generate)
+            mine = generate() if self.engine.separate else self.policy.whole(lambda _: generate())
         with self.clock.timed("reward"):
-            texts = self.tokenizer.batch_decode(mine.responses, skip_special_tokens=True) if mine else []
+            texts = self.tokenizer.batch_decode(mine.token_lists(), skip_special_tokens=True) if mine else []
             judged = [self.judge.verdict(text, asked[i].answer) for text, i in zip(texts, rows.tolist(), strict=True)]
             everyone = gather((mine, judged))
         rollouts = concatenate([theirs for theirs, _ in everyone if theirs is not None])
@@ -167,6 +170,8 @@ class Collector:
     def gather(self, iteration: int) -> Sampled:
         """The iteration's sample; with `resample`, prompts of zero variance are replaced by later ones while any are left."""
         plan = self.run.plan.rollout
+        with self.clock.timed("sync"):
+            self.engine.sync(self.policy)
         found = self.sample(iteration)
         for attempt in range(1, plan.resample + 1):
             flat = advantages.zero_variance(found.rewards, plan.responses)[:: plan.responses]
@@ -182,6 +187,38 @@ class Collector:
                 concatenate([kept.rollouts, new.rollouts]),
                 torch.cat([kept.verdicts, new.verdicts]),
                 torch.cat([kept.rewards, new.rewards]),
+            )
+        with self.clock.timed("sync"):
+            self.engine.sleep()
+        return found
+
+    def mismatch(self, rollouts: Rollouts) -> Metrics:
+        """What separates vLLM's log-probabilities from the trainer's, on some of this rank's rows before any update of them.
+
+        The very responses that are trained on are compared, so whatever goes wrong on the way is seen: weights that did not
+        arrive, old keys and values, another temperature. Nothing for the torch engine, which has the trainer's weights.
+        Raises ValueError when the 99% quantile is above `scale.vllm_tolerance`.
+        """
+        scale, plan = self.run.plan.scale, self.run.plan.rollout
+        if scale is None or scale.engine != "vllm":
+            return {}
+        rows = self.own_rows(0, plan.prompts)
+        probed = min(PROBED_ROWS, len(rows))
+        part = rollouts.rows(rows[torch.arange(probed) * len(rows) // max(probed, 1)]).to(
+            self.policy.accelerator.device
+        )
+        with self.clock.timed("sync"):
+            now = self.policy.whole(
+                lambda policy: statistics(policy, part.prompts, part.responses, part.mask, plan.temperature)
+            )
+        if not probed:
+            return {}
+        found = mismatch_metrics(now.logp, part.logp, part.mask)
+        error, _ = found["mismatch_logp/q99"]
+        if not error <= scale.tolerance:  # NaN is no agreement
+            raise ValueError(
+                f"scale.engine vllm: its log-probabilities are not the trainer's: 99% quantile of the difference {error:.2g}, "
+                f"allowed {scale.tolerance:g}; on a CPU vLLM takes over weights of dense untied models only: take engine torch"
             )
         return found
 

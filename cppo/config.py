@@ -294,6 +294,14 @@ class Scale(Config):
     """GPUs of vLLM's own; 0 = it shares the trainer's and sleeps during updates."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of a GPU's memory that vLLM may take."""
+    vllm_tolerance: Positive | None = None
+    """Largest 99% quantile of |log pi - log mu| between vLLM and the trainer at the same weights; a larger one means that
+    the weights did not arrive, and ends the run. None = 0.001 in float32, 0.2 in bfloat16."""
+
+    @property
+    def tolerance(self) -> float:
+        """`vllm_tolerance` or its default."""
+        return self.vllm_tolerance or {"float32": 1e-3, "bfloat16": 0.2}[self.precision]
 
 
 class Resources(Config):
@@ -846,6 +854,8 @@ def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
         check_objective(entry)
     if entry.divergence is None:
         return
+    if plan.scale is not None and plan.scale.engine == "vllm" and entry.divergence.estimator == "exact":
+        raise ValueError("divergence.estimator: exact needs whole distributions, which vLLM does not give; take top_k")
     if isinstance(plan.model, Pretrained):
         if entry.divergence.estimator == "exact":
             raise ValueError("divergence.estimator: exact is for the embedded vocabulary; take top_k")

@@ -23,6 +23,24 @@ def probability_shift(tokens: Tokens) -> Tensor:
     return torch.where(tokens.mask, shift, 0)
 
 
+QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99, "max": 1.0}
+
+
+def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Metrics:
+    """Quantiles over tokens of abs(log pi - log mu) and abs(pi - mu) where both are of the same weights: what two
+    implementations of one policy differ by. All [B, T]. The second is in the unit of CPPO's delta and delta_b.
+
+    Over several processes these are means of the processes' quantiles.
+    """
+    pi, mu = logp[mask].double(), rollout_logp[mask].double()
+    errors = {"mismatch_logp": (pi - mu).abs(), "mismatch_prob": (pi.exp() - mu.exp()).abs()}
+    return {
+        f"{name}/{label}": (float(torch.quantile(error, q)), 1.0)
+        for name, error in errors.items()
+        for label, q in QUANTILES.items()
+    }
+
+
 def token_metrics(objective: Objective, tokens: Tokens, entropy: Tensor) -> Metrics:
     """Means over trained tokens, and CPPO's effective budget as a mean over responses.
 

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
-from cppo.config import BaseConfig, MathTask, RunConfig, Task
+from cppo.config import BaseConfig, MathTask, RunConfig, Scale, Task
 from cppo.files import write_whole
 from cppo.lm_task import judge
-from cppo.policy import load_pretrained, load_tokenizer
+from cppo.policy import load_tokenizer
 from cppo.prompts import encode
-from cppo.rollout.torch_engine import TorchEngine
+from cppo.rollout import engine
 from cppo.seeds import uniforms
 
 
@@ -58,11 +59,13 @@ class Score:
 
 @register_model("cppo")
 class CheckpointLM(LM):  # type: ignore[misc]
-    """A checkpoint folder as an lm-eval model, sampled by our KV-cache loop with named seeds."""
+    """A checkpoint folder as an lm-eval model, sampled by the engine of `scale` with named seeds."""
 
-    def __init__(self, pretrained: str, task: Task | MathTask, setting: str, seed: int) -> None:
+    def __init__(
+        self, pretrained: str, task: Task | MathTask, setting: str, seed: int, scale: Scale | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.tokenizer = load_pretrained(pretrained), load_tokenizer(pretrained)
+        self.engine, self.tokenizer = engine(scale, pretrained), load_tokenizer(pretrained)
         self.task, self.setting, self.seed_axis = task, setting, seed
         self.lengths: dict[tuple[str, str], list[tuple[int, bool]]] = {}
         """(task, problem id) -> (tokens, truncated) of each sample."""
@@ -85,10 +88,8 @@ class CheckpointLM(LM):  # type: ignore[misc]
                 noise.append(uniforms(1, options["max_gen_toks"], *axes))
                 seen[problem] += 1
             prompts = [encode(self.task, self.tokenizer, requests[i].args[0]) for i in rows]
-            rollouts = TorchEngine(self.model).generate(
-                prompts, torch.cat(noise), options["temperature"], options["top_p"]
-            )
-            decoded = self.tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
+            rollouts = self.engine.generate(prompts, torch.cat(noise), options["temperature"], options["top_p"])
+            decoded = self.tokenizer.batch_decode(rollouts.token_lists(), skip_special_tokens=True)
             for row, i in enumerate(rows):
                 texts[i] = decoded[row]
                 name = (requests[i].task_name, requests[i].doc["id"])
@@ -137,11 +138,12 @@ def _step(path: Path) -> int:
 
 
 def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: TaskManager) -> list[Score]:
-    model = CheckpointLM(str(checkpoint), config.plan.task, config.setting, config.seed)
+    model = CheckpointLM(str(checkpoint), config.plan.task, config.setting, config.seed, config.plan.scale)
     names = [benchmark.name for benchmark in config.plan.task.benchmarks]
     # Not simple_evaluate, which also describes the machine: with `pip list`, a second a checkpoint.
     loaded = tasks.load(names)
-    found: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
+    with closing(model.engine):
+        found: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
     assert found is not None
     scores = []
     for name in names:

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,16 @@ from cppo.batches import Batch, Collector, Part, estimate
 from cppo.checkpoint import load_latest, save_state
 from cppo.config import RunConfig
 from cppo.critic import ValueModel, value_loss
-from cppo.diagnostics import Stopwatch, add, by_position, by_token, most_masked, probability_shift, token_metrics
+from cppo.diagnostics import (
+    QUANTILES,
+    Stopwatch,
+    add,
+    by_position,
+    by_token,
+    most_masked,
+    probability_shift,
+    token_metrics,
+)
 from cppo.distributed import Learner, gather, make_accelerator, start_trackers
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.interrupts import Interrupted, Terminated, enough_memory
@@ -40,6 +50,7 @@ from cppo.policy import load_pretrained, load_tokenizer, save_pretrained, statis
 from cppo.problems import Problem
 from cppo.provenance import provenance
 from cppo.rewards import Judge
+from cppo.rollout import Engine, EngineDied, Rollouts, engine
 
 POSITION_BINS = 16
 """Bins of the drift by position over the longest response."""
@@ -83,6 +94,7 @@ class Trainer:
     critic: ValueModel | None
     judge: Judge
     accelerator: Accelerator
+    engine: Engine
     iteration: int = 0
     updates: int = 0
     nonfinite_in_a_row: int = 0
@@ -93,8 +105,9 @@ class Trainer:
         self.actor = Learner(self.accelerator, self.policy, plan.lr, plan)
         self.valuer = Learner(self.accelerator, self.critic, plan.lr * factor, plan) if self.critic else None
         self.clock = Stopwatch()
+        self.compared = False
         self.collector = Collector(
-            self.run, self.problems, self.actor, self.tokenizer, self.valuer, self.judge, self.clock
+            self.run, self.problems, self.actor, self.tokenizer, self.valuer, self.judge, self.clock, self.engine
         )
 
     # One iteration ---------------------------------------------------------------------------------------------------
@@ -107,7 +120,7 @@ class Trainer:
         with self.clock.timed("advantage"):
             batch = self.collector.batch(self.iteration, sampled)
         plan = self.run.plan.rollout
-        measured = Measured(batch.metrics(plan.responses))
+        measured = Measured(batch.metrics(plan.responses), self.mismatch(sampled.rollouts))
         with self.clock.timed("update"):
             for first in range(0, plan.prompts, plan.minibatch):
                 self.update(batch, first, measured)
@@ -119,6 +132,25 @@ class Trainer:
         account = self.clock.account(int(batch.rollouts.mask.sum()))
         self.append("timings", [{"iteration": self.iteration, **account}])
         self.accelerator.log({name: mean for name, mean in means.items() if mean is not None}, step=self.iteration)
+
+    def mismatch(self, rollouts: Rollouts) -> Metrics:
+        """The engine's error in this rank's rows of a rollout; the main process tells it once, beside the thresholds that it
+        must stay well below."""
+        found = self.collector.mismatch(rollouts)
+        if found and not self.compared and self.accelerator.is_main_process:
+            self.compared = True
+            lines = [
+                f"{sign} " + ", ".join(f"{label} {found[f'{name}/{label}'][0]:.1e}" for label in QUANTILES)
+                for sign, name in (("|log pi - log mu|", "mismatch_logp"), ("|pi - mu|", "mismatch_prob"))
+            ]
+            limits = [
+                f"{name} {value:g}" for name, value in vars(self.rule.settings).items() if name.startswith("delta")
+            ]
+            tqdm.write(
+                f"{self.folder}: engine against trainer at the same weights: {'; '.join(lines + limits)}",
+                file=sys.stderr,
+            )
+        return found
 
     def update(self, batch: Batch, first: int, measured: Measured) -> None:
         """One optimiser step on the minibatch of prompts from the first-th on."""
@@ -266,14 +298,22 @@ def train(
     total, status = run.plan.iterations, "finished"
     title, quiet = f"{run.label} seed {run.seed}", not accelerator.is_main_process
     bar = tqdm(total=total, desc=title, unit="it", mininterval=5, disable=quiet)
-    with judge, Terminated() as terminated, bar:
-        policy, tokenizer = _trainable(run, base), load_tokenizer(base)
-        trainer = Trainer(run, folder, problems, policy, tokenizer, critic, judge, accelerator)
+    policy, tokenizer = _trainable(run, base), load_tokenizer(base)
+    with judge, Terminated() as terminated, closing(engine(run.plan.scale, base, policy)) as sampler, bar:
+        trainer = Trainer(run, folder, problems, policy, tokenizer, critic, judge, accelerator, sampler)
         trainer.resume()
         bar.update(trainer.iteration)
         while trainer.iteration < total:
-            with enough_memory(folder, trainer.iteration + 1):
-                trainer.step()
+            try:
+                with enough_memory(folder, trainer.iteration + 1):
+                    trainer.step()
+            except EngineDied:
+                if not terminated:
+                    raise
+                # Slurm sends SIGTERM to every process of a job, so to vLLM's too.
+                raise Interrupted(
+                    f"{folder}: stopped by SIGTERM in iteration {trainer.iteration}, before its updates"
+                ) from None
             bar.update()
             if judge.unjudged:
                 bar.set_postfix(unjudged=judge.unjudged, refresh=False)

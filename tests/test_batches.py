@@ -17,6 +17,7 @@ from cppo.policy import create_model, create_tokenizer, statistics
 from cppo.problems import make_problems
 from cppo.rewards import Judge
 from cppo.rollout import concatenate
+from cppo.rollout.torch_engine import TorchEngine
 
 
 def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
@@ -33,7 +34,7 @@ def collector(run: RunConfig) -> Collector:
     problems = make_problems(run.plan.task, run.setting)["train"]
     model, plan = create_model(run.plan.model, run.setting), run.plan.optimizer
     policy = Learner(make_accelerator(None), model, plan.lr, plan)
-    return Collector(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch())
+    return Collector(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch(), TorchEngine(model))
 
 
 @pytest.fixture(autouse=True)

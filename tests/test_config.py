@@ -339,6 +339,8 @@ VALUES: list[tuple[Keys, Any, str]] = [
     ((*KL, "divergence", "k"), 0, "objectives.4.divergence.k"),
     ((*KL, "divergence", "k"), DELETE, "objectives.4.divergence: k is for estimator top_k, which needs it"),
     ((*KL, "divergence", "estimator"), "exact", "objectives.4.divergence: k is for estimator top_k"),
+    (("settings", "tiny", "scale"), {"engine": "vllm"}, "objectives.cppo.divergence.estimator: exact needs whole"),
+    (("settings", "tiny", "scale"), {"vllm_tolerance": 0.0}, "settings.tiny.scale.vllm_tolerance"),
     ((*KL, "divergence", "kind"), "js", "objectives.4.divergence.kind"),
     ((*DPPO, "divergence", "support"), "union", "objectives.3.divergence: support is for estimator top_k"),
     ((*GRPO, "advantage"), "none", "objectives.2.advantage"),

@@ -22,6 +22,7 @@ from cppo.distributed import check_trackers, make_accelerator, own
 from cppo.policy import create_model, create_tokenizer, load_pretrained, load_tokenizer, save_pretrained
 from cppo.problems import make_problems
 from cppo.rewards import Judge
+from cppo.rollout.torch_engine import TorchEngine
 from cppo.train import Measured, Trainer, train
 
 # prompts, prompts a minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
@@ -191,7 +192,9 @@ def trainer_of(run: RunConfig, base: Path, folder: Path, checkpointing: bool = F
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     problems = make_problems(run.plan.task, run.setting)["train"]
     accelerator = make_accelerator(run.plan.scale)
-    return Trainer(run, folder, problems, policy, load_tokenizer(base), critic, Judge(), accelerator)
+    return Trainer(
+        run, folder, problems, policy, load_tokenizer(base), critic, Judge(), accelerator, TorchEngine(policy)
+    )
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

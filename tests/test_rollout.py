@@ -1,12 +1,17 @@
 """The KV-cache loop samples from the model it is given, and records what the trainer computes."""
 
+import importlib.util
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import DENSE, MOE
 
-from cppo.config import Model
-from cppo.policy import EOS, create_model, create_tokenizer, statistics
-from cppo.rollout import Record, sample
+from cppo.config import Model, Scale
+from cppo.diagnostics import mismatch_metrics
+from cppo.policy import EOS, create_model, create_tokenizer, save_pretrained, statistics
+from cppo.rollout import Record, engine, sample
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.seeds import uniforms
 
@@ -55,6 +60,56 @@ def test_cached_decoding_equals_a_fresh_forward_pass_for_every_token() -> None:
                 break
         assert rollouts.responses[row, rollouts.mask[row]].tolist() == expected
         assert bool(rollouts.truncated[row]) == (expected[-1] != EOS)
+
+
+def test_any_of_the_models_end_tokens_ends_a_response() -> None:
+    """A generation configuration may list several: what came first of them is the last token, and not truncated."""
+    policy, noise = create_model(DENSE, "test"), uniforms(40, 30, "test")
+    prompts = prompt_ids() * 8
+    one = TorchEngine(policy).generate(prompts, noise, 1.0).token_lists()
+    ends = [EOS, 5, 9]
+    policy.generation_config.eos_token_id = ends
+    several = TorchEngine(policy).generate(prompts, noise, 1.0)
+    for ids, longer, truncated in zip(several.token_lists(), one, several.truncated.tolist(), strict=True):
+        first = next((i for i, token in enumerate(longer) if token in ends), None)
+        assert ids == (longer if first is None else longer[: first + 1])
+        assert truncated == (first is None)
+    assert {ids[-1] for ids in several.token_lists()} >= {5, 9}
+    policy.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id is missing"):
+        TorchEngine(policy)
+
+
+def test_the_engine_is_the_scales(tmp_path: Path) -> None:
+    """The policy itself in training, the checkpoint in evaluation; vLLM is imported only where it is asked for."""
+    policy = create_model(DENSE, "test")
+    save_pretrained(policy, tmp_path, create_tokenizer())
+    assert isinstance(beside := engine(None, tmp_path, policy), TorchEngine) and beside.model is policy
+    assert isinstance(alone := engine(Scale(), tmp_path), TorchEngine)
+    assert torch.equal(alone.model.get_input_embeddings().weight, policy.get_input_embeddings().weight)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ValueError, match=r"^scale\.engine: vllm is not installed; docs/cluster\.md"):
+            engine(Scale(engine="vllm"), tmp_path, policy)
+
+
+def test_mismatch_quantiles() -> None:
+    """Over trained tokens only, of ragged rows, against sorting by hand."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(101) < torch.tensor([[101], [60], [40]])
+    mask[0, 50:] &= torch.arange(51) % 2 == 0  # holes
+    mu = -3 * torch.rand(3, 101, generator=generator)
+    pi = mu + 0.1 * torch.randn(3, 101, generator=generator)
+    found = mismatch_metrics(torch.where(mask, pi, 7), torch.where(mask, mu, -9), mask)
+    pairs = [(p, m) for p, m, inside in zip(pi.flatten(), mu.flatten(), mask.flatten(), strict=True) if inside]
+    for name, errors in (
+        ("mismatch_logp", sorted(float(abs(p - m)) for p, m in pairs)),
+        ("mismatch_prob", sorted(abs(math.exp(p) - math.exp(m)) for p, m in pairs)),
+    ):
+        for label, q in (("q50", 0.5), ("q90", 0.9), ("q99", 0.99), ("max", 1.0)):
+            place = q * (len(errors) - 1)
+            low, high = errors[math.floor(place)], errors[math.ceil(place)]
+            expected = low + (place - math.floor(place)) * (high - low)
+            assert found[f"{name}/{label}"] == (pytest.approx(expected, rel=1e-5), 1.0)
 
 
 def test_a_rows_response_depends_on_its_own_noise_only() -> None:

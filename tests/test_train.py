@@ -13,6 +13,7 @@ from cppo.config import RunConfig, Suite
 from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained
 from cppo.problems import Problem, make_problems
 from cppo.rewards import Judge
+from cppo.rollout.torch_engine import TorchEngine
 from cppo.train import Trainer, train
 
 STABLE = ("metrics.jsonl", "positions.jsonl", "tokens.jsonl")
@@ -121,7 +122,8 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
 
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     policy, tokenizer = load_pretrained(base), load_tokenizer(base)
-    return Trainer(run, folder, problems, policy, tokenizer, critic, Judge(), make_accelerator(None))
+    sampler = TorchEngine(policy)
+    return Trainer(run, folder, problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler)
 
 
 def test_each_epoch_asks_every_problem_once() -> None:

@@ -1,14 +1,19 @@
 """Rollouts: responses sampled from the frozen policy mu, with what was recorded of mu at sampling.
 
-One protocol, several engines; `torch_engine` runs everywhere.
+One protocol, two engines: `torch_engine` runs everywhere, `vllm_engine` where vLLM is installed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from cppo.config import Scale
+from cppo.distributed import Learner
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Record:
 
 NOTHING = Record()
 """Keep the sampled token's log-probability only."""
+ALONE = 0.9
+"""Share of a GPU's memory for an engine that no training shares it with."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """[B] response lengths in tokens."""
         return self.mask.sum(-1)
+
+    def token_lists(self) -> list[list[int]]:
+        """B responses without their padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
 
     def rows(self, index: Tensor) -> "Rollouts":
         """These rows, trimmed to the longest of them."""
@@ -105,8 +116,15 @@ def widen(x: Tensor, width: int) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])], 1)
 
 
+class EngineDied(ValueError):
+    """An engine's process is gone."""
+
+
 class Engine(Protocol):
-    """Samples responses."""
+    """Samples responses; in training one on every rank, for the rank's own prompts."""
+
+    separate: bool
+    """Whether it has weights of its own, which `sync` brings; else the caller sees to it that the policy's are whole."""
 
     def generate(
         self,
@@ -118,11 +136,55 @@ class Engine(Protocol):
     ) -> Rollouts:
         """One response a prompt, of at most T tokens.
 
-        uniforms: [B, T] in [0, 1), the sampling noise of each row and position.
+        uniforms: [B, T] in [0, 1), the sampling noise of each row and position, or what it is seeded from.
         top_p: sample from the smallest set of tokens with at least this probability; the recorded log-probabilities
-        are those before this cut.
+        are those before this cut, NaN where an engine does not know them.
         """
         ...
+
+    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+        """Sample from the policy's present weights from now on; every rank must call it."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the accelerator to the updates until the next `sync`."""
+        ...
+
+    def close(self) -> None:
+        """End what runs outside this process."""
+        ...
+
+
+def engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel | None = None) -> Engine:
+    """The engine that `scale` asks for, with the checkpoint's weights; in training beside `policy`, else alone on its GPU.
+
+    Raises ValueError when vLLM is asked for and is not installed or does not start.
+    """
+    # Imported late: the engines import this module, and vLLM is installed only where a run asks for it.
+    if scale is None or scale.engine == "torch":
+        from cppo.policy import load_pretrained
+        from cppo.rollout.torch_engine import TorchEngine
+
+        return TorchEngine(load_pretrained(checkpoint) if policy is None else policy)
+    try:
+        from cppo.rollout.vllm_engine import VllmEngine
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"scale.engine: {error.name} is not installed; docs/cluster.md, section vLLM, says how"
+        ) from None
+    if policy is None:
+        return VllmEngine(checkpoint, scale.precision, ALONE)
+    return VllmEngine(checkpoint, scale.precision, scale.vllm_memory, scale.vllm_gpus)
+
+
+def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
+    """Ids that end a response: a model's generation configuration names one or several. ValueError when it names none."""
+    ids = config.eos_token_id
+    if ids is None:
+        raise ValueError(
+            "generation_config.json: eos_token_id is missing; a model needs a token that ends its responses"
+        )
+    return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cppo.policy import EOS
-from cppo.rollout import NOTHING, Record, Rollouts, sample
+from cppo.distributed import Learner
+from cppo.rollout import NOTHING, Record, Rollouts, end_tokens, sample
 
 # Rows are dropped from the cache once so many are finished: each drop copies the cache.
 DROP_BELOW = 0.75
@@ -66,8 +66,20 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 class TorchEngine:
     """Samples from a model in this process; it sees the model's current weights, so nothing is synchronised."""
 
+    separate = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.ends = end_tokens(model.generation_config)
+
+    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+        """Nothing to do: it samples from the policy itself."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it holds no memory between rollouts."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def generate(
@@ -84,7 +96,7 @@ class TorchEngine:
         assert rows == len(prompts)
         training = self.model.training
         self.model.eval()
-        out = _Output(rows, width, record, self.model.config.vocab_size, device)
+        out = _Output(rows, width, record, self.model.config.vocab_size, torch.tensor(self.ends, device=device))
         uniforms = uniforms.to(device)
         by_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -119,7 +131,7 @@ class TorchEngine:
         for t in range(uniforms.shape[1]):
             ids, logp = sample(logits, uniforms[rows, t], temperature, top_p)
             out.write(rows[active], t, ids[active], logp[active])
-            active &= ids != EOS
+            active &= ~torch.isin(ids, out.ends)
             remaining = int(active.sum())
             if remaining == 0 or t + 1 == uniforms.shape[1]:
                 break
@@ -141,9 +153,9 @@ class TorchEngine:
 class _Output:
     """Result tensors, filled column by column."""
 
-    def __init__(self, rows: int, width: int, record: Record, vocabulary: int, device: torch.device) -> None:
-        self.record = record
-        zeros = partial(torch.zeros, device=device)
+    def __init__(self, rows: int, width: int, record: Record, vocabulary: int, ends: Tensor) -> None:
+        self.record, self.ends = record, ends
+        zeros = partial(torch.zeros, device=ends.device)
         self.responses = zeros(rows, width, dtype=torch.int64)
         self.mask = zeros(rows, width, dtype=torch.bool)
         self.logp = zeros(rows, width)
@@ -171,4 +183,4 @@ class _Output:
         parts = (self.responses, self.mask, self.logp, self.topk_ids, self.topk_logp, self.logp_all)
         responses, mask, logp, ids, topk, full = (None if p is None else p[:, :longest] for p in parts)
         assert responses is not None and mask is not None and logp is not None
-        return Rollouts(prompts, responses, mask, last != EOS, logp, ids, topk, full)
+        return Rollouts(prompts, responses, mask, ~torch.isin(last, self.ends), logp, ids, topk, full)

@@ -1,0 +1,254 @@
+"""Rollout engine on vLLM 0.32's offline `LLM`, which runs in processes of its own beside the trainer.
+
+Differences from the torch engine:
+
+1. It has its own copy of the weights: `sync` writes the policy as a checkpoint, and vLLM reads it. On a CPU vLLM reports
+   success but is wrong for tied embeddings and mixtures of experts, so what it samples is compared with the trainer's
+   log-probabilities (`cppo.batches.Collector.mismatch`).
+2. Each row has a seed, a hash of its first uniforms; the noise within a row is vLLM's. Equal prompts share their keys and
+   values through the prefix cache, so that a row's seed is its own, whatever samples beside it.
+3. With top_p < 1 vLLM knows log-probabilities after the cut only: they are NaN then.
+
+The first positions of `uniforms` seed a row, so two draws that agree in all of them would be equal: at 24 bits a position
+that does not happen.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any, Literal
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+from vllm import LLM, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from cppo.distributed import Learner, gather
+from cppo.rollout import NOTHING, EngineDied, Record, Rollouts, end_tokens
+
+SEEDING = 8
+"""Positions of a row's noise that make its seed."""
+CPU_CACHE = 2**30
+"""Bytes of keys and values on a CPU, which is for tests."""
+SHUTDOWN = 30.0
+"""Seconds after which vLLM's processes are killed if they have not ended by themselves."""
+
+
+class VllmEngine:
+    """Samples from a checkpoint, or after `sync` from the policy's weights.
+
+    gpus: of its own, the last visible ones, a share of them for each training process; 0 = the trainer's GPU, which it
+    leaves between `sleep` and `sync`. memory: share of a GPU's memory. On a CPU neither counts.
+    Raises ValueError when vLLM does not start.
+    """
+
+    separate = True
+
+    def __init__(
+        self, checkpoint: str | Path, precision: Literal["float32", "bfloat16"], memory: float, gpus: int = 0
+    ) -> None:
+        disable_progress_bar()  # a line for every written checkpoint, so for every rollout
+        on_gpu = torch.cuda.is_available()
+        devices = _devices(gpus) if on_gpu else []
+        self.sleeps, self.asleep = on_gpu and gpus == 0, False
+        self.ends = end_tokens(_generation_config(Path(checkpoint)))
+        self.folder = tempfile.TemporaryDirectory(prefix="cppo-vllm-")
+        options: dict[str, Any] = (
+            {
+                "gpu_memory_utilization": memory,
+                "tensor_parallel_size": len(devices),
+                "enable_sleep_mode": self.sleeps,
+            }
+            if on_gpu
+            else {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True}
+        )
+        others = multiprocessing.active_children()
+        try:
+            with _processes_see(devices):
+                self.llm = LLM(
+                    str(checkpoint),
+                    dtype=precision,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",
+                    max_logprobs=-1,
+                    use_tqdm_on_load=False,
+                    **options,
+                )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{checkpoint}: vLLM did not start, its messages are above: {reason}") from error
+        self.processes = [child for child in multiprocessing.active_children() if child not in others]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float = 1.0,
+        record: Record = NOTHING,
+    ) -> Rollouts:
+        """See `cppo.rollout.Engine`.
+
+        Raises ValueError when prompt and response are longer than the model's positions, and when vLLM has died.
+        """
+        rows, width = uniforms.shape
+        assert rows == len(prompts) and not record.full and (top_p == 1 or record == NOTHING)
+        longest, limit = max(map(len, prompts)) + width, self.llm.model_config.max_model_len
+        if longest > limit:
+            raise ValueError(
+                f"rollout.max_response_tokens: {width} after the longest prompt are {longest} tokens, but the model has "
+                f"{limit} positions"
+            )
+        params = [
+            SamplingParams(
+                seed=row_seed(noise),
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=width,
+                stop_token_ids=list(self.ends),
+                ignore_eos=True,  # vLLM's own idea of it; ours is in stop_token_ids
+                logprobs=record.top_k if top_p == 1 else None,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for noise in uniforms
+        ]
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        requests = self._call(self.llm.generate, asked, params, use_tqdm=False)
+        outputs = [request.outputs[0] for request in requests]
+        return self._rollouts(tuple(tuple(p) for p in prompts), outputs, record.top_k)
+
+    def _rollouts(self, prompts: tuple[tuple[int, ...], ...], outputs: list[Any], k: int) -> Rollouts:
+        """vLLM's lists as tensors."""
+        rows, width = len(outputs), max(len(output.token_ids) for output in outputs)
+        responses = torch.zeros(rows, width, dtype=torch.int64)
+        mask = torch.zeros(rows, width, dtype=torch.bool)
+        logp = torch.zeros(rows, width)
+        topk_ids = torch.zeros(rows, width, k, dtype=torch.int32) if k else None
+        topk_logp = torch.zeros(rows, width, k) if k else None
+        truncated = torch.zeros(rows, dtype=torch.bool)
+        for row, output in enumerate(outputs):
+            length = len(output.token_ids)
+            responses[row, :length] = torch.tensor(output.token_ids)
+            mask[row, :length] = True
+            truncated[row] = output.token_ids[-1] not in self.ends
+            if output.logprobs is None:
+                logp[row, :length] = torch.nan
+                continue
+            # At each position: the sampled token, then the K likeliest in falling order.
+            values = torch.tensor(output.logprobs.logprobs).view(length, 1 + k)
+            logp[row, :length] = values[:, 0]
+            if topk_ids is not None and topk_logp is not None:
+                topk_logp[row, :length] = values[:, 1:]
+                topk_ids[row, :length] = torch.tensor(output.logprobs.token_ids).view(length, 1 + k)[:, 1:]
+        return Rollouts(prompts, responses, mask, truncated, logp, topk_ids, topk_logp)
+
+    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+        """See `cppo.rollout.Engine`. The main process writes one checkpoint for all: they are on one node.
+
+        Raises ValueError when vLLM has died.
+        """
+        weights, (folder, *_) = policy.weights(), gather(self.folder.name)
+        if policy.accelerator.is_main_process:
+            policy.module.save_pretrained(folder, state_dict=weights)
+        policy.accelerator.wait_for_everyone()
+        if self.asleep:
+            self._call(self.llm.wake_up, ["weights"])
+        self._call(self.llm.collective_rpc, "reload_weights", kwargs={"weights_path": folder})
+        if self.asleep:
+            self._call(self.llm.wake_up, ["kv_cache"])
+        self.asleep = False
+        self._call(self.llm.reset_prefix_cache)
+
+    def sleep(self) -> None:
+        """See `cppo.rollout.Engine`. Level 2: `sync` brings new weights anyway, so the old ones are dropped."""
+        if self.sleeps:
+            self._call(self.llm.sleep, level=2)
+            self.asleep = True
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN)
+        self.folder.cleanup()
+
+    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The result of one of vLLM's functions, or EngineDied.
+
+        In a thread: `LLM` waits forever for an answer of a process that was killed while it worked.
+        """
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(function(*args, **options))
+            except BaseException as error:  # handed over to the waiting thread
+                answer.set_exception(error)
+
+        Thread(target=ask, daemon=True).start()
+        while not answer.done() and all(process.is_alive() for process in self.processes):
+            wait([answer], timeout=1.0)
+        try:
+            if answer.done():
+                return answer.result()
+        except EngineDeadError:
+            pass
+        raise EngineDied(
+            "engine vllm: its process died, its messages are above; start again: the run continues from its last saved state"
+        )
+
+
+def row_seed(noise: Tensor) -> int:
+    """A row's seed from its noise [T]: 63 bits."""
+    return int.from_bytes(hashlib.sha256(noise[:SEEDING].numpy().tobytes()).digest()[:8], "big") >> 1
+
+
+def _generation_config(checkpoint: Path) -> GenerationConfig:
+    """As transformers gives it to a loaded model: from its own file, or else from the model's configuration."""
+    if (checkpoint / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint))
+
+
+def _devices(gpus: int) -> list[str]:
+    """The GPUs of this process's engine, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus == 0:
+        return [visible[torch.cuda.current_device()]]
+    rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if gpus % processes or gpus + processes > len(visible):
+        raise ValueError(
+            f"scale.vllm_gpus: {gpus} must be a multiple of the {processes} training processes, and with one GPU for each "
+            f"of these no more than the {len(visible)} GPUs here"
+        )
+    share = gpus // processes
+    own = visible[-gpus:]
+    return own[rank * share : (rank + 1) * share]
+
+
+@contextmanager
+def _processes_see(devices: list[str]) -> Iterator[None]:
+    """Processes started in the block see these GPUs only; without any, nothing changes."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if devices:
+        os.environ[name] = ",".join(devices)
+    try:
+        yield
+    finally:
+        if devices and before is None:
+            del os.environ[name]
+        elif before is not None:
+            os.environ[name] = before
