@@ -343,7 +343,7 @@ def test_in_bfloat16_and_inside_a_launchers_environment(
 def test_which_gpus_are_an_engines(
     gpus: int, rank: int, processes: int, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trainer's present one, or a share of the last; more than there are beside the trainers, or no whole share, is refused."""
+    """The trainer's present one, or a whole share of the last; more than there are beside the trainers is refused."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
