@@ -178,7 +178,7 @@ def test_damaged_state_falls_back_to_the_one_before_and_says_so(
     newest.write_bytes(newest.read_bytes()[:-1] + b"\0")
     train(run, base, problems, broken)
     assert same(whole, broken)
-    assert "policy.safetensors: damaged" in capsys.readouterr().out
+    assert "policy.safetensors: damaged" in capsys.readouterr().err
     for state in (broken / "state").iterdir():
         (state / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every saved state is damaged"):
