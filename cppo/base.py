@@ -13,12 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.hub import fetch
-from cppo.policy import EOS, check_harmless, create_model, create_tokenizer, load_tokenizer, save_pretrained, statistics
+from cppo.policy import (
+    EOS,
+    check_harmless,
+    create_model,
+    create_tokenizer,
+    load_config,
+    load_tokenizer,
+    save_pretrained,
+    statistics,
+)
 from cppo.problems import Problem, demonstrations
 from cppo.prompts import short_enough
 from cppo.provenance import provenance
@@ -114,13 +123,8 @@ def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTo
     Raises ValueError, one line naming the folder, unless it is a whole causal language model in safetensors whose
     tokenizer has an end token and, where the task asks for one, a chat template.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["no fast tokenizer"])[0]
-        raise ValueError(f"{folder}: not a checkpoint that transformers can load: {reason}") from None
     check_harmless(folder)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in shards if not (folder / name).is_file())

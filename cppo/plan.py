@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cppo.config import Model, Resources, RunConfig, Setting, Suite
+from cppo.config import Model, RunConfig, Setting, Suite
 from cppo.problems import VOCABULARY
 
 PEAK = 989e12
@@ -47,7 +47,7 @@ class Cost:
 
 def cost(suite: Suite, name: str) -> Cost | None:
     """The cost of a run in this setting; None when a published model's `resources.parameters` is not given."""
-    plan, resources = suite.settings[name], suite.resources.get(name, Resources())
+    plan, resources = suite.settings[name], suite.asked(name)
     if isinstance(plan.model, Model):
         total, active = parameters(plan.model)
     elif resources.parameters is None:
@@ -111,7 +111,7 @@ def report(suite: Suite, name: str, results: Path) -> str:
             continue
         gpu_hours += count * (found.train_hours + found.evaluate_hours)
         disk_peak, disk_kept = disk_peak + count * found.disk_peak, disk_kept + count * found.disk_kept
-    on_gpus = any(suite.resources.get(setting, Resources()).gpus for setting in suite.settings)
+    on_gpus = any(suite.asked(setting).gpus for setting in suite.settings)
     lines.append(f"disk: {_bytes(disk_kept)} kept, {_bytes(disk_peak)} if every run is trained before any is scored")
     if on_gpus:
         lines += [f"GPU hours in all: {gpu_hours:,.0f}", "", *ASSUMPTIONS]
@@ -133,7 +133,7 @@ ASSUMPTIONS = (
 
 
 def _setting(suite: Suite, setting: str, count: int) -> list[str]:
-    plan, resources = suite.settings[setting], suite.resources.get(setting, Resources())
+    plan, resources = suite.settings[setting], suite.asked(setting)
     found = cost(suite, setting)
     lines = [f"{setting} ({plan.title}): {count} runs of {plan.iterations} iterations"]
     if found is None:

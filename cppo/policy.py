@@ -12,8 +12,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -136,6 +138,13 @@ def check_harmless(folder: Path) -> None:
 def _is_plain(implementation: object) -> bool:
     """Whether this is nothing, or the name of something in transformers itself."""
     return implementation is None or (isinstance(implementation, str) and implementation.isidentifier())
+
+
+def load_config(folder: str | Path) -> PreTrainedConfig:
+    """The model's configuration in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
+    config = _loaded(AutoConfig, Path(folder))
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -46,7 +46,7 @@ def test_defects_of_the_training_set_are_dropped_and_counted(tmp_path: Path) -> 
         dapo(" ", "3"),
         dapo("Unanswered?", ""),
         dapo(QUESTIONS[0], "17"),
-        dapo("Which words?", "\\begin{tabular}"),
+        dapo("Which fraction?", "\\frac{1}{"),
         dapo(AIME24[0]["problem"], "3"),
         dapo("BOB has  $5$ hats, \\,how many?", "5"),
         dapo("Bob has $5 - 1$ hats. How many?", "4"),

@@ -162,10 +162,10 @@ def edit(folder: Path, file: str, **keys: Any) -> None:
 
 
 BROKEN = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"not a checkpoint that transformers can load"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"no Hugging Face checkpoint \(config.json is missing\)"),
     "pickled weights": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"model.safetensors is missing; a checkpoint must hold all its weights as safetensors",
+        r"holds no weights as safetensors but pytorch_model.bin",
     ),
     "a missing shard": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
