@@ -79,6 +79,8 @@ class VllmEngine:
                 self.llm = LLM(
                     str(checkpoint),
                     dtype=precision,
+                    load_format="safetensors",
+                    trust_remote_code=False,
                     skip_tokenizer_init=True,
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
@@ -217,8 +219,8 @@ def row_seed(noise: Tensor) -> int:
 def _generation_config(checkpoint: Path) -> GenerationConfig:
     """As transformers gives it to a loaded model: from its own file, or else from the model's configuration."""
     if (checkpoint / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint))
+        return GenerationConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False))
 
 
 def _devices(gpus: int) -> list[str]:
