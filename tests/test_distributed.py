@@ -74,30 +74,35 @@ class Stopped(Exception):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """suite.yaml; base/; one/SETTING/LABEL trained in one process; two/SETTING/LABEL by two, some of them in both."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """suite.yaml and base/, an untrained model."""
     folder = tmp_path_factory.mktemp("ranks")
-    suite, base = suite_in(folder), folder / "base"
-    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), base, create_tokenizer())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judge, "verdict", ranks.reward)
-        for name in (*COMPARED, STOPPED, CONTINUED, "bf16/cppo"):
-            train_here(alone(find(suite, name)), base, folder / "one" / name)
+    suite = suite_in(folder)
+    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder / "base", create_tokenizer())
+    return folder
 
-        def stop(self: Trainer, *args: object) -> None:
+
+def train_all(folder: Path) -> None:
+    """one/SETTING/LABEL by one process; two/SETTING/LABEL by two, some of them by one before."""
+    suite, base = load_suite(folder / "suite.yaml"), folder / "base"
+    for name in (*COMPARED, STOPPED, CONTINUED, "bf16/cppo"):
+        train_here(alone(find(suite, name)), base, folder / "one" / name)
+    original = Trainer.step
+
+    def step(self: Trainer) -> None:
+        if self.iteration == 1:
             raise Stopped
+        original(self)
 
-        original = Trainer.step
-        patch.setattr(Trainer, "step", lambda self: original(self) if self.iteration == 0 else stop(self))
-        with pytest.raises(Stopped):
-            train_here(find(suite, CONTINUED), base, folder / "two" / CONTINUED)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "step", step)
+        train_here(find(suite, CONTINUED), base, folder / "two" / CONTINUED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     entries = [*COMPARED, f"{STOPPED}@1", CONTINUED, "bf16/cppo"]
     arguments = [str(ROOT / "tests" / "ranks.py"), str(folder / "suite.yaml"), str(base), str(folder / "two"), *entries]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    yield folder
 
 
 def rows(folder: Path, stream: str) -> list[dict[str, Any]]:
@@ -131,8 +136,21 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert (one / "DONE").read_text() == (two / "DONE").read_text()
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_two_processes_give_the_losses_and_weights_of_one(name: str, folder: Path) -> None:
+def test_two_processes_train_as_one(folder: Path, subtests: pytest.Subtests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test, for all of it is trained at once."""
+    monkeypatch.setattr(Judge, "verdict", ranks.reward)
+    train_all(folder)
+    for name in COMPARED:
+        with subtests.test("losses and weights", name=name):
+            check_compared(name, folder)
+    for name in (STOPPED, CONTINUED):
+        with subtests.test("going on under another number of processes", name=name):
+            check_continued(name, folder)
+    with subtests.test("bfloat16 under FSDP2"):
+        check_bfloat16(folder)
+
+
+def check_compared(name: str, folder: Path) -> None:
     """Ranks have 1 and 2 of 3 prompts, or 0 and 1 of 1, responses of uneven length, some groups without a signal."""
     one, two = folder / "one" / name, folder / "two" / name
     assert_same_run(one, two)
@@ -144,25 +162,23 @@ def test_two_processes_give_the_losses_and_weights_of_one(name: str, folder: Pat
     if name.endswith("/ppo"):
         first, second = (load_file(path / "state/000002/critic.safetensors") for path in (one, two))
         worst = max(float((first[key] - second[key]).abs().max()) for key in first)
-        assert worst < 1e-3, worst  # its AdamW takes steps of up to 0.1, also where a gradient is nearly rounding
+        assert worst < 1e-3, worst  # its AdamW takes steps of up to 0.03, also where a gradient is nearly rounding
     else:
         assert any(0 < row["mask_share"] < 1 for row in metrics)
         assert len(rows(one, "tokens")) == 2 * min(8, 4 * SETTINGS[name.split("/")[0]][1])
 
 
-@pytest.mark.parametrize("name", [STOPPED, CONTINUED])
-def test_a_run_goes_on_under_another_number_of_processes(name: str, folder: Path) -> None:
-    """Two ranks, of which one got SIGTERM, then one; and one, then two sharded ones."""
+def check_continued(name: str, folder: Path) -> None:
+    """Two ranks, of which one got SIGTERM, then one process; and one process, then two sharded ranks."""
     two = folder / "two" / name
     if name == STOPPED:
         assert not (two / "DONE").exists() and [row["iteration"] for row in rows(two, "metrics")] == [1]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Judge, "verdict", ranks.reward)
-            train_here(find(load_suite(folder / "suite.yaml"), name), folder / "base", two)
+        train_here(find(load_suite(folder / "suite.yaml"), name), folder / "base", two)
     assert_same_run(folder / "one" / name, two)
 
 
-def test_bfloat16_under_fsdp2_keeps_float32_masters_and_comes_close(folder: Path) -> None:
+def check_bfloat16(folder: Path) -> None:
+    """float32 masters, and an entropy near float32's."""
     one, two = folder / "one" / "bf16" / "cppo", folder / "two" / "bf16" / "cppo"
     state = {
         **load_file(two / "state/000002/policy.safetensors"),
@@ -291,13 +307,14 @@ def test_tensorboard_gets_every_iteration_and_changes_no_file(
 
     monkeypatch.setattr(Judge, "verdict", ranks.reward)
     run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
-    train(run, folder / "base", make_problems(run.plan.task, run.setting)["train"], tmp_path, ("tensorboard",))
-    written = (tmp_path / "metrics.jsonl").read_bytes()
-    assert written == (folder / "one" / "ddp" / "cppo" / "metrics.jsonl").read_bytes()
-    events = EventAccumulator(str(tmp_path / "trackers" / "cppo")).Reload()
+    problems, tracked = make_problems(run.plan.task, run.setting)["train"], tmp_path / "tracked"
+    train(run, folder / "base", problems, tracked, ("tensorboard",))
+    train(run, folder / "base", problems, tmp_path / "plain")
+    assert (tracked / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()
+    events = EventAccumulator(str(tracked / "trackers" / "cppo")).Reload()
     for name in ("loss", "mask_share", "reward"):
         logged = {event.step: event.value for event in events.Scalars(name)}
-        assert logged == {row["iteration"]: pytest.approx(row[name]) for row in rows(tmp_path, "metrics")}
+        assert logged == {row["iteration"]: pytest.approx(row[name]) for row in rows(tracked, "metrics")}
 
 
 def test_a_missing_tracker_is_an_error_before_training() -> None:

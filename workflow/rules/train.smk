@@ -33,7 +33,7 @@ rule train:
         runtime=lambda w: ceil(60 * asked(w).hours),
         slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}"
         + (f" --gpus-per-node={asked(w).gpus}" if asked(w).nodes > 1 else ""),
-        launcher=launcher, # not a param: how many processes train does not change a run
+        launcher=launcher,  # not a param: how many processes train does not change a run
     params:
         baseline="",
     shell:
