@@ -159,8 +159,11 @@ class Judge:
                 encoding="utf-8",
             )
             if _read_line(self._worker, START_SECONDS) is None:
-                late = self._worker.poll() is None
-                ended = f"it was not ready within {START_SECONDS:.0f} s" if late else "it ended without a word"
+                try:
+                    self._worker.wait(1.0)  # its pipe is closed a moment before it has ended
+                    ended = "it ended without a word"
+                except subprocess.TimeoutExpired:
+                    ended = f"it was not ready within {START_SECONDS:.0f} s"
                 self.close()
                 complaints.seek(0)
                 said = complaints.read().strip().splitlines() or [ended]

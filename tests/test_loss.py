@@ -375,19 +375,19 @@ def bare(cfg: Near, tokens: Tokens) -> Terms:
 
 
 def test_a_plugin_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rules.py").write_text(PLUGIN)
+    (tmp_path / "near_rules.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("cppo.objectives.registry._REGISTRY", {name: spec(name) for name in names()})
-    rule = objective("my_rules:near", limit=0.2)
+    rule = objective("near_rules:near", limit=0.2)
     assert rule.name == "near" and "near" in names()
     tokens = one_row([0.1, 0.3], [1.0, 1.0], [0.0, 0.0])
     assert rule(tokens).gate.tolist() == [[1.0, 0.0]]
     for path, message in {
-        "my_rules:far": "my_rules has no function far decorated with",
-        "my_rules:bare": "my_rules has no function bare decorated with",
+        "near_rules:far": "near_rules has no function far decorated with",
+        "near_rules:bare": "near_rules has no function bare decorated with",
         "no_such_module:near": "No module named 'no_such_module'; is its folder on PYTHONPATH",
     }.items():
         with pytest.raises(ValueError, match=message):
             objective(path)
-    with pytest.raises(ValueError, match="limt: unknown setting of objective my_rules:near"):
-        objective("my_rules:near", limt=0.2)
+    with pytest.raises(ValueError, match="limt: unknown setting of objective near_rules:near"):
+        objective("near_rules:near", limt=0.2)

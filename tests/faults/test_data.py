@@ -17,6 +17,7 @@ from cppo.__main__ import main
 from cppo.config import RunConfig
 from cppo.problems import read_problems, write_problems
 from cppo.rewards import Judge
+from cppo.tables import TIMES
 
 WRONG: list[Any] = [None, True, "x", "", [], {}, [1], 10**400, "\0", "1e5", {"a": 1}]
 """Values that are neither a number that a table holds, nor a name that means something."""
@@ -68,8 +69,8 @@ def test_streams(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFi
     rows = [json.loads(line) for line in whole.splitlines()]
     collect = shop.everything(root)[-1]
     for number, key, value in mutations(rows, random.Random(stream)):
-        if value is None and stream == "metrics" and key != "iteration":
-            value = "x"  # a metric may be missing
+        if value is None and key not in ("iteration", *TIMES):
+            value = "x"  # a metric or a rate may be missing
         changed = [row | ({key: value} if i == number else {}) for i, row in enumerate(rows)]
         path.write_text("".join(json.dumps(row) + "\n" for row in changed))
         refused(capsys, root, collect, path, f":{number + 1}: ", key)

@@ -111,9 +111,11 @@ def test_ctrl_c_is_one_line(
     whole: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = whole.shop.copy("ctrl-c")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     with monkeypatch.context() as patch:
         disturb(patch, 3, lambda _: signal.raise_signal(signal.SIGINT))
         assert train(whole, root) == 130
+    signal.signal(signal.SIGINT, before)
     one_line(capsys, "interrupted; the same command continues")
     finish(whole, root)
 

@@ -96,7 +96,7 @@ def test_pickled_weights_are_refused(checkpoint: Path, tmp_path: Path, name: str
         index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     says = refusal(checkpoint)
-    assert "safetensors" in says
+    assert ("deserializing header" if name == "model.safetensors" else "safetensors") in says
     if name != "model.safetensors":
         assert name in says and "pickled weights are never loaded" in says
     assert not (tmp_path / "canary").exists()
