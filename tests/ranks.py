@@ -38,7 +38,7 @@ class Stopping(Trainer):
 def main(path: str, base: str, out: str, *entries: str) -> None:
     import cppo.train as module
 
-    Judge.verdict = reward  # type: ignore[method-assign]
+    Judge.verdict, Judge.start = reward, lambda self: None  # type: ignore[method-assign]
     module.Trainer = Stopping  # type: ignore[misc]
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]  # the next entry uses it
     suite = load_suite(path)

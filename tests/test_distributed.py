@@ -73,6 +73,13 @@ class Stopped(Exception):
     """Stands for a kill."""
 
 
+@pytest.fixture(autouse=True)
+def rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `ranks`, which need no worker."""
+    monkeypatch.setattr(Judge, "verdict", ranks.reward)
+    monkeypatch.setattr(Judge, "start", lambda self: None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """suite.yaml and base/, an untrained model."""
@@ -136,9 +143,8 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert (one / "DONE").read_text() == (two / "DONE").read_text()
 
 
-def test_two_processes_train_as_one(folder: Path, subtests: pytest.Subtests, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_as_one(folder: Path, subtests: pytest.Subtests) -> None:
     """One test, for all of it is trained at once."""
-    monkeypatch.setattr(Judge, "verdict", ranks.reward)
     train_all(folder)
     for name in COMPARED:
         with subtests.test("losses and weights", name=name):
@@ -224,10 +230,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("label", ["ppo", "cppo"])
-def test_micro_batches_have_the_gradient_of_the_whole_minibatch(
-    label: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Judge, "verdict", ranks.reward)
+def test_micro_batches_have_the_gradient_of_the_whole_minibatch(label: str, folder: Path, tmp_path: Path) -> None:
     run = find(load_suite(folder / "suite.yaml"), f"ddp/{label}")
     whole = gradients(trainer_of(alone(run), folder / "base", tmp_path))
     assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-2
@@ -236,10 +239,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_minibatch(
         assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-6) for name in whole)
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Judge, "verdict", ranks.reward)
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder: Path, tmp_path: Path) -> None:
     run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
     found, passes = {}, {}
     for checkpointing in (False, True):
@@ -258,7 +258,6 @@ def test_bfloat16_computes_in_half_and_keeps_masters_log_probabilities_and_loss_
 ) -> None:
     import cppo.train as module
 
-    monkeypatch.setattr(Judge, "verdict", ranks.reward)
     seen: dict[str, Any] = {}
     original = module.policy_loss
 
@@ -299,13 +298,10 @@ def test_shares_of_ranks_are_neighbours_and_cover_everything() -> None:
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_tensorboard_gets_every_iteration_and_changes_no_file(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_gets_every_iteration_and_changes_no_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(Judge, "verdict", ranks.reward)
     run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
     problems, tracked = make_problems(run.plan.task, run.setting)["train"], tmp_path / "tracked"
     train(run, folder / "base", problems, tracked, ("tensorboard",))
