@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
+from cppo.distributed import device_of
 from cppo.files import read_json, whole_folder, write_whole, writing
 from cppo.hub import fetch
 from cppo.policy import (
@@ -49,7 +50,7 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) 
     plan, task = config.plan.warm_start, config.plan.task
     assert plan is not None and isinstance(config.plan.model, Model) and isinstance(task, Task)
     tokenizer = create_tokenizer()
-    model = create_model(config.plan.model, config.setting)
+    model: PreTrainedModel = create_model(config.plan.model, config.setting).to(device_of(config.plan.scale))
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
     examples = demonstrations(task, config.setting)
     log: list[dict[str, float]] = []
@@ -168,6 +169,7 @@ def _loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: 
     responses = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(
         mask, torch.tensor(list(itertools.chain(*texts)))
     )
+    responses, mask = responses.to(model.device), mask.to(model.device)
     return -statistics(model, prompts, responses, mask, temperature=1.0).logp.sum() / mask.sum()
 
 

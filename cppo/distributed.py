@@ -45,6 +45,11 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out of the suite")
 
 
+def device_of(scale: Scale | None) -> torch.device:
+    """Where a single process of such a setting computes: a GPU where there is one and the setting has a `scale`."""
+    return (scale is not None and torch.accelerator.current_accelerator(check_available=True)) or torch.device("cpu")
+
+
 def make_accelerator(scale: Scale | None, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The process's accelerator: a GPU where there is one and the setting has a `scale`, else the CPU.
 

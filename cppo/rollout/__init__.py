@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from cppo.config import Scale
-from cppo.distributed import Learner
+from cppo.distributed import Learner, device_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel 
         from cppo.policy import load_pretrained
         from cppo.rollout.torch_engine import TorchEngine
 
-        return TorchEngine(load_pretrained(checkpoint) if policy is None else policy)
+        return TorchEngine(load_pretrained(checkpoint).to(device_of(scale)) if policy is None else policy)
     try:
         from cppo.rollout.vllm_engine import VllmEngine
     except ModuleNotFoundError as error:

@@ -72,15 +72,16 @@ def share(w):
 
 
 def launcher(w):
-    """The Python that trains: one process, or one for each GPU of the node. verl starts its own.
+    """The Python that trains: one process, or one for each GPU of the node but vLLM's own. verl starts its own.
 
     Not by `accelerate launch`: it reads a user's own settings, and on a CPU starts one process only. SIGTERM waits for
     the iteration in progress, as long as Slurm does.
     """
     scale = run_of(w.run).plan.scale
-    if asked(w).gpus < 2 or (scale is not None and scale.engine == "verl"):
+    processes = asked(w).gpus - (scale.vllm_gpus if scale else 0)
+    if processes < 2 or (scale is not None and scale.engine == "verl"):
         return "python"
-    return f"python -m torch.distributed.run --standalone --nproc-per-node {asked(w).gpus} --shutdown-timeout 900"
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --shutdown-timeout 900"
 
 
 def table_folders():
