@@ -26,10 +26,11 @@ PROCESSES = 2
 
 DIVERGENCE_RULES, RATIO, PREFIX = "objectives/divergence.py", "objectives/ratio.py", "objectives/prefix.py"
 SEQUENCE, SMOOTH, REGISTRY, TYPES = (f"objectives/{name}.py" for name in ("sequence", "smooth", "registry", "types"))
-DIVERGENCES, LOSS, ADVANTAGES = "divergences.py", "loss.py", "advantages.py"
+DIVERGENCES, LOSS, ADVANTAGES, POLICY = "divergences.py", "loss.py", "advantages.py", "policy.py"
 
-VECTORS, RULES, DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, CONFORMANCE = (
-    f"test_{name}.py" for name in ("vectors", "objectives", "divergences", "loss", "advantages", "conformance")
+VECTORS, RULES, DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, CONFORMANCE, POLICY_TESTS = (
+    f"test_{name}.py"
+    for name in ("vectors", "objectives", "divergences", "loss", "advantages", "conformance", "policy")
 )
 
 
@@ -195,6 +196,16 @@ MUTANTS = (
     Mutant("whitening over padding", ADVANTAGES, "count = mask.sum()\n", "count = torch.tensor(mask.numel())\n",
            ADVANTAGE_TESTS),
     Mutant("reward at the first token", ADVANTAGES, "(order == order[:, -1:])", "(order == 1)", ADVANTAGE_TESTS),
+    # Statistics of tokens.
+    Mutant("statistics: no temperature in the gradient", POLICY, "            to_logits.div_(ctx.temperature)\n", "",
+           POLICY_TESTS),
+    Mutant("statistics: the head's gradient is the last chunk's", POLICY,
+           "to_head.addmm_(to_logits.T, hidden[part].float())", "to_head.copy_(to_logits.T @ hidden[part].float())",
+           POLICY_TESTS),
+    Mutant("statistics: entropy of the wrong sign", POLICY, "-logp.exp().mul_(logp).sum(-1)", "logp.exp().mul_(logp).sum(-1)",
+           POLICY_TESTS),
+    Mutant("statistics: logits in the model's precision", POLICY, "torch.nn.functional.linear(hidden.float(), head)",
+           "torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()", POLICY_TESTS),
 )  # fmt: skip
 
 
