@@ -72,7 +72,7 @@ def share(w):
 
 
 def launcher(w):
-    """The Python that trains: one process, or one for each GPU of the node but vLLM's own. verl starts its own.
+    """What runs the module that trains: one process, or one for each GPU of the node but vLLM's own. verl starts its own.
 
     Not by `accelerate launch`: it reads a user's own settings, and on a CPU starts one process only. SIGTERM waits for
     the iteration in progress, as long as Slurm does.
@@ -80,8 +80,9 @@ def launcher(w):
     scale = run_of(w.run).plan.scale
     processes = asked(w).gpus - (scale.vllm_gpus if scale else 0)
     if processes < 2 or (scale is not None and scale.engine == "verl"):
-        return "python"
-    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --shutdown-timeout 900"
+        return "python -m"
+    # After `--`, torch's launcher takes no argument of ours for its own (--run for --run-path).
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --shutdown-timeout 900 -m --"
 
 
 def table_folders():

@@ -37,5 +37,5 @@ rule train:
     params:
         baseline="",
     shell:
-        "trap '' TERM; {resources.launcher} -m cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
+        "trap '' TERM; {resources.launcher} cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
         " 2> >(tee {log} >&2)"
