@@ -126,11 +126,13 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def uninterrupted(checkout: Path, run: RunConfig) -> bytes:
-    """The metrics of the run when nothing stops it, trained without Slurm."""
+def uninterrupted(checkout: Path, run: RunConfig, processes: int) -> bytes:
+    """The metrics of the run when nothing stops it, without Slurm, by as many processes: two round otherwise."""
     for part in (run.base.folder, run.base.data):
         shutil.copytree(checkout / "runs" / part, checkout / "alone" / part)
-    command = [sys.executable, "-m", "cppo", "train", "--suite", "config/interrupted.yaml", "--root", "alone"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "--"]
+    command += ["cppo", "train", "--suite", "config/interrupted.yaml", "--root", "alone"]
     environment = os.environ | {"NAP": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "--run", run.id], cwd=checkout, check=True, env=environment)
     return (checkout / "alone" / run.folder / "metrics.jsonl").read_bytes()
@@ -157,6 +159,7 @@ def test_jobs_that_slurm_ends_are_retried_and_resume(
     code, output = cluster.snakemake(checkout, "interrupted", *targets, watch=cancel)
     assert code == 0, output[-5000:]
 
+    processes = {"cancelled": 2, "limited": 1}
     # Each was ended once at least, and its last attempt continued.
     for setting, run in runs.items():
         *ended, last = cluster.jobs(comments[setting])
@@ -164,7 +167,7 @@ def test_jobs_that_slurm_ends_are_retried_and_resume(
         assert ended and last[1] == "COMPLETED", (setting, ended, last)
         log = (checkout / "runs" / "logs" / "train" / f"{run.label}-{run.id}.log").read_text()
         assert f"{run.folder}: continuing after iteration " in log, log[-2000:]
-        assert (folders[setting] / "metrics.jsonl").read_bytes() == uninterrupted(checkout, run)
+        assert (folders[setting] / "metrics.jsonl").read_bytes() == uninterrupted(checkout, run, processes[setting])
     assert cancelled == [job for job, state in cluster.jobs(comments["cancelled"]) if state == "CANCELLED"]
 
     # What was asked for is what the suite says: two GPUs to train, one to evaluate.
