@@ -66,7 +66,7 @@ class Workshop:
 def digests(root: Path) -> dict[str, str]:
     """Path -> SHA-256 of everything that must not depend on interruptions: all but clocks.
 
-    Times are in timings.jsonl and in two columns of the runs table, which is compared without them.
+    Times are in timings.jsonl and the runs table. The commit may move meanwhile: the code version decides.
     """
     found = {}
     for path in sorted(root.rglob("*")):
@@ -76,6 +76,8 @@ def digests(root: Path) -> dict[str, str]:
         content = path.read_bytes()
         if path.name == "manifest.json":
             content = json.dumps({k: v for k, v in json.loads(content).items() if k != "info.json"}).encode()
+        if path.name == "provenance.json":
+            content = json.dumps({k: v for k, v in json.loads(content).items() if k != "commit"}).encode()
         if path.name == "info.json":
             info = json.loads(content)
             del info["streams"]["timings.jsonl"]
