@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults.workshop import LABELS, Workshop, digests, leftovers
+from tqdm import tqdm
 
 import cppo.evaluate
 import cppo.files
@@ -74,6 +75,8 @@ def in_child(work: Callable[[], int]) -> int:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
+        # tqdm's own lock is shared by forks: one that is killed while it holds it would stop all later ones.
+        tqdm.set_lock(threading.RLock())
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
