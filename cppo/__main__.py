@@ -28,7 +28,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cppo.config import MathTask, Resources, RunConfig, Suite, find_base, find_run, load_suite, read_config
+from cppo.config import MathTask, RunConfig, Suite, find_base, find_run, load_suite, read_config
 from cppo.files import write_whole
 from cppo.interrupts import TRY_AGAIN, Interrupted
 from cppo.lock import locked
@@ -94,10 +94,10 @@ def train(args: argparse.Namespace) -> None:
     problems, folder = read_problems(root / run.base.data / "train.jsonl"), root / run.folder
     problems = short_enough(run.plan.task, load_tokenizer(start), problems)
     with locked(folder) if main_process() else nullcontext():
-        if run.plan.scale is not None and run.plan.scale.engine == "verl":
+        if run.plan.engine == "verl":
             from cppo.integrations.verl_launch import train as train_with_verl
 
-            resources = suite.resources.get(run.setting, Resources())
+            resources = suite.asked(run.setting)
             train_with_verl(run, resources, start, problems, folder, suite.report_to)
         else:
             from cppo.train import train as train_run
@@ -112,12 +112,12 @@ def render(args: argparse.Namespace) -> None:
 
     suite, root = _suite(args), Path(args.root)
     run = find_run(suite, args.run)
-    if run.plan.scale is None or run.plan.scale.engine != "verl":
+    if run.plan.engine != "verl":
         raise ValueError(
             f"--run {args.run}: setting {run.setting} has not engine verl; `python -m cppo train` trains it"
         )
     start = root / run.base.folder / "checkpoints" / "step-0"
-    resources = suite.resources.get(run.setting, Resources())
+    resources = suite.asked(run.setting)
     print(shlex.join(command(run, resources, start, root / run.folder, suite.report_to)))
 
 

@@ -4,7 +4,6 @@ The warm start is supervised training that stops on sampled accuracy; its demons
 `cppo.problems`). A published checkpoint is linked, not copied.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
 from cppo.distributed import device_of
-from cppo.files import read_json, whole_folder, write_whole, writing
+from cppo.files import read_json, sha256, whole_folder, write_whole, writing
 from cppo.hub import fetch
 from cppo.policy import (
     EOS,
@@ -98,9 +97,7 @@ def published(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) -
     assert isinstance(model, Pretrained) and isinstance(task, MathTask)
     if model.revision is None:
         found = Path(model.name).resolve()
-        sums = {
-            path.name: _sha256(path) for path in sorted(found.glob("*")) if path.suffix in (".json", ".safetensors")
-        }
+        sums = {path.name: sha256(path) for path in sorted(found.glob("*")) if path.suffix in (".json", ".safetensors")}
         source: dict[str, object] = {"sha256": sums}
     else:
         remedy = "with a copy at hand, name its folder as model: {name: /path/to/it}"
@@ -145,11 +142,6 @@ def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTo
             f"{config.max_position_embeddings}"
         )
     return tokenizer
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _learning_rate(step: int, peak: float, warmup: int, total: int) -> float:

@@ -5,7 +5,6 @@ damaged one has a predecessor to fall back to. The streams (JSON lines that only
 many bytes of each belong to it, with their SHA-256.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cppo.files import whole_folder, writing
+from cppo.files import sha256, whole_folder, writing
 
 KEPT = 2
 
@@ -31,9 +30,9 @@ def save_state(
     with whole_folder(root / f"{iteration:06d}") as folder:
         for name, content in tensors.items():
             save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
-        sizes = {path.name: [path.stat().st_size, _sha256(path)] for path in streams}
+        sizes = {path.name: [path.stat().st_size, sha256(path)] for path in streams}
         (folder / "info.json").write_text(json.dumps({"info": info, "streams": sizes}))
-        manifest = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
+        manifest = {p.name: sha256(p) for p in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     for old in _states(root)[:-KEPT]:
         shutil.rmtree(old)
@@ -86,23 +85,12 @@ def _damage(folder: Path, streams: Iterable[Path]) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             return f"{path}: damaged (its SHA-256 differs from the manifest's)"
     for path in streams:
         size, expected = json.loads((folder / "info.json").read_text())["streams"][path.name]
         if not path.is_file() or path.stat().st_size < size:
             return f"{path}: shorter than the {size} bytes of state {folder.name}"
-        if _sha256(path, size) != expected:
+        if sha256(path, size) != expected:
             return f"{path}: damaged (its first {size} bytes are not those of state {folder.name})"
     return None
-
-
-def _sha256(path: Path, size: int | None = None) -> str:
-    """Of the file's first `size` bytes; None = all."""
-    digest = hashlib.sha256()
-    with path.open("rb") as source:
-        left = path.stat().st_size if size is None else size
-        while left > 0 and (piece := source.read(min(left, 2**20))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()

@@ -381,6 +381,11 @@ class Setting(Config):
     scale: Scale | None = None
     """Accelerators and processes; None = the torch engine in one process in float32."""
 
+    @property
+    def engine(self) -> Literal["torch", "vllm", "verl"]:
+        """What samples."""
+        return "torch" if self.scale is None else self.scale.engine
+
     @model_validator(mode="after")
     def _fits(self) -> "Setting":
         created, chain = isinstance(self.model, Model), isinstance(self.task, Task)
@@ -829,11 +834,11 @@ def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> Objectiv
 def _check_engines(suite: Suite, path: Path) -> None:
     """ValueError for a setting that its engine cannot train."""
     for name, plan in suite.settings.items():
-        if plan.scale is not None and plan.scale.engine == "verl":
+        if plan.engine == "verl":
             from cppo.integrations.verl_launch import check_plan
 
             try:
-                check_plan(name, plan, suite.resources.get(name, Resources()))
+                check_plan(name, plan, suite.asked(name))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         elif plan.scale is not None and plan.scale.sharding == "megatron":
@@ -848,13 +853,13 @@ def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
     if spec(entry.objective).divergence != (entry.divergence is not None):
         need = "needs one" if entry.divergence is None else "uses none"
         raise ValueError(f"divergence: objective {entry.objective} {need}")
-    if plan.scale is not None and plan.scale.engine == "verl":
+    if plan.engine == "verl":
         from cppo.integrations.verl_launch import check_objective
 
         check_objective(entry)
     if entry.divergence is None:
         return
-    if plan.scale is not None and plan.scale.engine == "vllm" and entry.divergence.estimator == "exact":
+    if plan.engine == "vllm" and entry.divergence.estimator == "exact":
         raise ValueError("divergence.estimator: exact needs whole distributions, which vLLM does not give; take top_k")
     if isinstance(plan.model, Pretrained):
         if entry.divergence.estimator == "exact":

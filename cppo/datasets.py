@@ -9,8 +9,8 @@ The file of DAPO-Math-17k repeats about 17 thousand problems a hundred times and
 line "Answer: ...". The wrapping is removed: what is asked of the model is the suite's `instruction`.
 """
 
-import hashlib
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cppo.config import Dataset, MathTask, TrainingSet
+from cppo.files import sha256
 from cppo.hub import fetch
 from cppo.problems import Problem, problem
 from cppo.rewards import Judge
@@ -39,9 +40,9 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
+    @abstractmethod
     def read(self) -> tuple[str, str, int]:
         """(question, answer, difficulty)."""
-        raise NotImplementedError
 
 
 class Aime(Row):
@@ -202,8 +203,7 @@ def _rows(wanted: Dataset, data_dir: str | None) -> tuple[Iterator[tuple[str, st
     """(question, answer, difficulty) of each row, blanks around them removed, and where they come from."""
     source = SOURCES[wanted.name]
     path = _file(wanted, source, data_dir)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     origin = {"repository": source.repo, "revision": wanted.revision} if data_dir is None else {"local": True}
 
     def rows() -> Iterator[tuple[str, str, int]]:

@@ -4,6 +4,7 @@ A process killed at any moment leaves the old content, the new content, or neith
 attempt removes. A full disk or a folder without permission is a ValueError of one line, and what was there stays.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -82,3 +83,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: not a JSON object; make it again")
     return found
+
+
+def sha256(path: Path, size: int | None = None) -> str:
+    """Of the file's first `size` bytes; None = all."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        left = path.stat().st_size if size is None else size
+        while left > 0 and (piece := source.read(min(left, 2**20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ position, pooled over the iterations that lead to a checkpoint), tokens (CPPO's 
 provenance, speed). Beside them suite.json (the resolved suite) and configs.json (run id -> resolved configuration).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from cppo.config import BaseConfig, RunConfig, Suite, parse, parse_run
-from cppo.files import partial_of, read_json, write_whole, writing
+from cppo.files import partial_of, read_json, sha256, write_whole, writing
 from cppo.provenance import PACKAGES
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
@@ -216,7 +215,7 @@ def publish(source: Path, target: Path) -> None:
         shutil.copyfile(source / f"{name}.parquet", target / f"{name}.parquet")
     for name in ("suite.json", "configs.json"):
         shutil.copyfile(source / name, target / name)
-    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(source.iterdir()) if p.is_file()}
+    sums = {p.name: sha256(p) for p in sorted(source.iterdir()) if p.is_file()}
     write_whole(target / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 

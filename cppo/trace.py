@@ -1,7 +1,6 @@
 """From a number back to what made it: `show` prints a run's whole provenance, `verify` re-derives what is published."""
 
 import filecmp
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ import pandas as pd
 import yaml
 
 from cppo.config import BaseConfig, RunConfig, parse_run
-from cppo.files import read_json
+from cppo.files import read_json, sha256
 from cppo.provenance import PACKAGES, code_version
 from cppo.seeds import seed
 from cppo.tables import SUMS, TABLES, as_csv, check, read_table
@@ -82,7 +81,7 @@ def verify(folder: Path) -> list[str]:
     sums = _sums(folder / SUMS)
     for name, expected in sums.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        if not path.is_file() or sha256(path) != expected:
             raise ValueError(f"{path}: not the file that was published ({SUMS}); publish it again or restore it")
     check(folder)
     for name in TABLES:

@@ -138,42 +138,35 @@ def small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(ballast: Path) -> None:
+    """To the last block: not even the streams can grow."""
+    with ballast.open("wb", buffering=0) as out, pytest.raises(OSError, match="No space left"):
+        while True:
+            out.write(b"\0" * 2**16)
+
+
+def nearly_fill(ballast: Path) -> None:
+    """Room for the streams, not for a checkpoint's weights."""
+    disk = os.statvfs(ballast.parent)
+    ballast.write_bytes(b"\0" * (disk.f_bavail * disk.f_frsize - 48 * 1024))
+
+
+@pytest.mark.parametrize("filled", [fill, nearly_fill])
 def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_room(
-    whole: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: Callable[[Path], None],
+    whole: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """No half-made file or folder stays, to keep the full disk full."""
     with small_disk(tmp_path / "disk"):
         root = whole.shop.copy_to(tmp_path / "disk" / "root")
         ballast = tmp_path / "disk" / "ballast"
-
-        def fill(_: Trainer) -> None:
-            with ballast.open("wb", buffering=0) as out, pytest.raises(OSError, match="No space left"):
-                while True:
-                    out.write(b"\0" * 2**16)
-
         with monkeypatch.context() as patch:
-            disturb(patch, 3, fill)
+            disturb(patch, 3, lambda _: filled(ballast))
             assert train(whole, root) == 2
         one_line(capsys, str(root), "cannot be written (", "No space left on device")
-        ballast.unlink()
-        finish(whole, root)
-
-
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(
-    whole: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Room for the streams, not for the weights: no half-made folder stays, to keep the full disk full."""
-    with small_disk(tmp_path / "disk"):
-        root = whole.shop.copy_to(tmp_path / "disk" / "root")
-        ballast = tmp_path / "disk" / "ballast"
-
-        def fill(_: Trainer) -> None:
-            free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
-            ballast.write_bytes(b"\0" * (free - 48 * 1024))
-
-        with monkeypatch.context() as patch:
-            disturb(patch, 3, fill)
-            assert train(whole, root) == 2
-        one_line(capsys, "cannot be written (", "No space left on device")
         assert not list(root.rglob("*.partial"))
         ballast.unlink()
         finish(whole, root)

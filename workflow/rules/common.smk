@@ -77,9 +77,9 @@ def launcher(w):
     Not by `accelerate launch`: it reads a user's own settings, and on a CPU starts one process only. SIGTERM waits for
     the iteration in progress, as long as Slurm does.
     """
-    scale = run_of(w.run).plan.scale
-    processes = asked(w).gpus - (scale.vllm_gpus if scale else 0)
-    if processes < 2 or (scale is not None and scale.engine == "verl"):
+    plan = run_of(w.run).plan
+    processes = asked(w).gpus - (plan.scale.vllm_gpus if plan.scale else 0)
+    if processes < 2 or plan.engine == "verl":
         return "python -m"
     # After `--`, torch's launcher takes no argument of ours for its own (--run for --run-path).
     return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --shutdown-timeout 900 -m --"
