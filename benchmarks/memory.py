@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cppo.policy import TokenStatistics
+from cppo.models.logprobs import TokenStatistics
 
 VOCABULARY, WIDTH, K, TEMPERATURE = 151_936, 1024, 20, 0.9
 NAMES = ("logp", "entropy", "topk_logp", "hidden.grad", "weight.grad")

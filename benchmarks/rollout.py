@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from cppo.config import load_suite
-from cppo.policy import EOS, PAD, create_model, create_tokenizer, save_pretrained
-from cppo.problems import make_problems
-from cppo.rollout import NOTHING, Record
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import save_pretrained
+from cppo.models.logprobs import EOS, PAD
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import uniforms
-from cppo.train import train
+from cppo.rollout.types import NOTHING, Record
+from cppo.suite.suite import load_suite
+from cppo.system.seeds import uniforms
+from cppo.tasks.chain import make_problems
+from cppo.training.train import train
 
 ROUNDS = 5
 OUT = Path(__file__).with_suffix(".csv")

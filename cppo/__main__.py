@@ -28,20 +28,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cppo.config import MathTask, RunConfig, Suite, find_base, find_run, load_suite, read_config
-from cppo.files import write_whole
-from cppo.interrupts import TRY_AGAIN, Interrupted
-from cppo.lock import locked
+from cppo.suite.config import MathTask, RunConfig, read_config
+from cppo.suite.suite import Suite, find_base, find_run, load_suite
+from cppo.system.files import write_whole
+from cppo.system.interrupts import TRY_AGAIN, Interrupted
+from cppo.system.lock import locked
 
 # Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
 
 
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
-    from cppo.datasets import load_problems
-    from cppo.lm_task import write_task
-    from cppo.problems import make_problems, write_problems
-    from cppo.prompts import wording
+    from cppo.evaluation.lm_eval_task import write_task
+    from cppo.tasks.chain import make_problems
+    from cppo.tasks.prompts import wording
+    from cppo.tasks.published import load_problems
+    from cppo.tasks.types import write_problems
 
     base = find_base(_suite(args), args.setting)
     folder, task, how = Path(args.root) / base.data, base.plan.task, base.evaluation
@@ -68,8 +70,8 @@ def data(args: argparse.Namespace) -> None:
 
 def base(args: argparse.Namespace) -> None:
     """Make the base model of a setting."""
-    from cppo.base import published, warm_start
-    from cppo.problems import read_problems
+    from cppo.tasks.types import read_problems
+    from cppo.training.base_model import published, warm_start
 
     config = find_base(_suite(args), args.setting)
     problems = read_problems(Path(args.root) / config.data / "train.jsonl")
@@ -81,10 +83,10 @@ def base(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
-    from cppo.distributed import check_trackers, main_process
-    from cppo.policy import load_tokenizer
-    from cppo.problems import read_problems
-    from cppo.prompts import short_enough
+    from cppo.models.load import load_tokenizer
+    from cppo.tasks.prompts import short_enough
+    from cppo.tasks.types import read_problems
+    from cppo.training.distributed import check_trackers, main_process
 
     suite, root = _suite(args), Path(args.root)
     run = find_run(suite, args.run)
@@ -100,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
             resources = suite.asked(run.setting)
             train_with_verl(run, resources, start, problems, folder, suite.report_to)
         else:
-            from cppo.train import train as train_run
+            from cppo.training.train import train as train_run
 
             check_trackers(suite.report_to)
             train_run(run, start, problems, folder, suite.report_to)
@@ -108,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Print the command with which verl trains a run, and start nothing."""
-    from cppo.integrations.verl_launch import command
+    from cppo.integrations.verl_command import command
 
     suite, root = _suite(args), Path(args.root)
     run = find_run(suite, args.run)
@@ -123,7 +125,7 @@ def render(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score all checkpoints in a run's or a base model's directory."""
-    from cppo.evaluate import evaluate as score
+    from cppo.evaluation.evaluate import evaluate as score
 
     folder = Path(args.folder)
     config = read_config(folder)
@@ -140,28 +142,28 @@ def runs(args: argparse.Namespace) -> None:
 
 def collect(args: argparse.Namespace) -> None:
     """Write the suite's tables to runs/<suite>/."""
-    from cppo.tables import collect as write
+    from cppo.results.tables import collect as write
 
     write(_suite(args), Path(args.root), Path(args.root) / Path(args.suite).stem)
 
 
 def publish(args: argparse.Namespace) -> None:
     """Check a suite's tables and copy them to results/<suite>/."""
-    from cppo.tables import publish as copy
+    from cppo.results.tables import publish as copy
 
     copy(Path(args.root) / args.name, Path(args.results) / args.name)
 
 
 def show(args: argparse.Namespace) -> None:
     """Print what a run's numbers come from: configuration, code, packages, seeds."""
-    from cppo.trace import show as describe
+    from cppo.results.audit import show as describe
 
     print(describe(args.run, Path(args.root), Path(args.results)), end="")
 
 
 def verify(args: argparse.Namespace) -> None:
     """Recompute the hashes of published tables, and make the printed ones again from their rows."""
-    from cppo.trace import verify as derive
+    from cppo.results.audit import verify as derive
 
     for line in derive(Path(args.folder)):
         print(f"holds  {line}")
@@ -176,22 +178,22 @@ def check_suite(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Estimate what a suite costs: jobs, tokens, GPU hours, disk."""
-    from cppo.plan import report
+    from cppo.suite.cost import report
 
     print(report(_suite(args), Path(args.suite).stem, Path(args.results)), end="")
 
 
 def objectives(args: argparse.Namespace) -> None:
     """Print every registered objective: what it is, its settings with defaults and meaning."""
-    from cppo.docs import listing, markdown
+    from cppo.render_docs import listing, markdown
 
     print(markdown() if args.markdown else listing(), end="")
 
 
 def check(args: argparse.Namespace) -> int:
     """Try an objective on the laws that all must keep; exit code 1 if it breaks one."""
-    from cppo.laws import check as try_laws
     from cppo.objectives import objective
+    from cppo.objectives.laws import check as try_laws
 
     found = try_laws(objective(args.objective, **dict(map(_key_value, args.set or ()))))
     for law, broken in found.items():

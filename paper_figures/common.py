@@ -113,11 +113,11 @@ class Results:
         """An objective's settings in one setting of the suite, its defaults filled in where the objective is known."""
         from dataclasses import asdict
 
-        from cppo.objectives import settings_of  # late: needs torch, which most scripts do not
+        from cppo.objectives import settings_of
 
         entry = self.entry(label)
         given = {**entry.get("settings", {}), **entry.get("by_setting", {}).get(setting, {})}
-        if given.get("span") == "max_response_tokens":  # as a suite may say it; see cppo.config
+        if given.get("span") == "max_response_tokens":  # as a suite may say it; see cppo.suite.config
             given["span"] = self.suite["settings"][setting]["rollout"]["max_response_tokens"]
         try:
             return asdict(settings_of(entry["objective"], **given))

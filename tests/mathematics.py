@@ -10,9 +10,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from cppo.config import Suite, load_suite
-from cppo.datasets import DAPO_AFTER, DAPO_BEFORE
-from cppo.policy import statistics
+from cppo.models.logprobs import statistics
+from cppo.suite.suite import Suite, load_suite
+from cppo.tasks.published import DAPO_AFTER, DAPO_BEFORE
 
 INSTRUCTION = 'Put the "final" answer within \\boxed{}.'
 TEMPLATE = (

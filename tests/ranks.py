@@ -11,11 +11,11 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 
-from cppo.config import load_suite
-from cppo.interrupts import Interrupted
-from cppo.problems import make_problems
 from cppo.rewards import Judge
-from cppo.train import Trainer, train
+from cppo.suite.suite import load_suite
+from cppo.system.interrupts import Interrupted
+from cppo.tasks.chain import make_problems
+from cppo.training.train import Trainer, train
 
 
 def reward(self: Judge, response: str, gold: str) -> float | None:
@@ -36,7 +36,7 @@ class Stopping(Trainer):
 
 
 def main(path: str, base: str, out: str, *entries: str) -> None:
-    import cppo.train as module
+    import cppo.training.train as module
 
     Judge.verdict, Judge.start = reward, lambda self: None  # type: ignore[method-assign]
     module.Trainer = Stopping  # type: ignore[misc]

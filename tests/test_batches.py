@@ -9,15 +9,17 @@ import yaml
 from tiny import ROOT, run_of
 
 from cppo.advantages import from_outcomes, zero_variance
-from cppo.batches import Collector, Sampled
-from cppo.config import RunConfig, load_suite
 from cppo.diagnostics import Stopwatch
-from cppo.distributed import Learner, make_accelerator
-from cppo.policy import create_model, create_tokenizer, statistics
-from cppo.problems import make_problems
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.logprobs import statistics
 from cppo.rewards import Judge
-from cppo.rollout import concatenate
 from cppo.rollout.torch_engine import TorchEngine
+from cppo.rollout.types import concatenate
+from cppo.suite.config import RunConfig
+from cppo.suite.suite import load_suite
+from cppo.tasks.chain import make_problems
+from cppo.training.batches import Collector, Sampled
+from cppo.training.distributed import Learner, make_accelerator
 
 
 def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:

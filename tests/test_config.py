@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cppo.__main__ import main
-from cppo.config import Suite, find_base, find_run, load_suite
+from cppo.suite.suite import Suite, find_base, find_run, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "config").glob("*.yaml"))
@@ -139,7 +139,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path, text: str) -> Non
 
 def test_importing_the_configuration_does_not_import_torch() -> None:
     """Most commands and the Snakefile start in a moment because of it."""
-    code = "import sys, cppo.config, cppo.__main__; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    code = "import sys, cppo.suite.config, cppo.__main__; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

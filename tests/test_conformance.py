@@ -1,4 +1,4 @@
-"""Every registered objective keeps every law of `cppo.laws`. A new one is tested here without a line of code."""
+"""Every registered objective keeps every law of `cppo.objectives.laws`. A new one is tested here without a line of code."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,8 +9,8 @@ from fixture import random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cppo.laws import EXAMPLE, LAWS, Law, require_equal_terms, result_of
 from cppo.objectives import Objective, Reason, names, objective
+from cppo.objectives.laws import EXAMPLE, LAWS, Law, require_equal_terms, result_of
 
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "cppo-shuffle": ("cppo", {"delta": 0.06, "shuffle": True}),

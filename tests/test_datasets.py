@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from mathematics import AIME24, INSTRUCTION, QUESTIONS, SETS, TRAIN, aime, dapo, math500, write_data, write_rows
 
-from cppo.config import HeldOutSet, MathTask, TrainingSet
-from cppo.datasets import SOURCES, load_problems
+from cppo.suite.config import HeldOutSet, MathTask, TrainingSet
+from cppo.tasks.published import SOURCES, load_problems
 
 COMMIT = "0123456789" * 4
 

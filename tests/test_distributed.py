@@ -16,14 +16,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import ROOT
 
-from cppo.config import RunConfig, Scale, Suite, load_suite
-from cppo.critic import ValueModel
-from cppo.distributed import check_trackers, make_accelerator, own
-from cppo.policy import create_model, create_tokenizer, load_pretrained, load_tokenizer, save_pretrained
-from cppo.problems import make_problems
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import load_pretrained, load_tokenizer, save_pretrained
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.train import Measured, Trainer, train
+from cppo.suite.config import RunConfig, Scale
+from cppo.suite.suite import Suite, load_suite
+from cppo.tasks.chain import make_problems
+from cppo.training.critic import ValueModel
+from cppo.training.distributed import check_trackers, make_accelerator, own
+from cppo.training.train import Measured, Trainer, train
 
 # prompts, prompts a minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
 # none. A minibatch of 1 prompt leaves the first rank without a row in every update.
@@ -256,7 +258,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder: Path,
 def test_bfloat16_computes_in_half_and_keeps_masters_log_probabilities_and_loss_in_float32(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_state: None
 ) -> None:
-    import cppo.train as module
+    import cppo.training.train as module
 
     seen: dict[str, Any] = {}
     original = module.policy_loss

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from cppo import advantages, divergences, laws
+from cppo import advantages, divergences
 from cppo.__main__ import main
-from cppo.docs import field_docs, markdown
-from cppo.objectives import names, registry, spec
-from cppo.presets import PRESETS
+from cppo.objectives import laws, names, registry, spec
+from cppo.render_docs import field_docs, markdown
+from cppo.suite.presets import PRESETS
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text()
 

@@ -12,9 +12,10 @@ import torch
 from tiny import smoke
 
 from cppo.__main__ import main
-from cppo.config import BaseConfig
-from cppo.evaluate import Score, checkpoint_means, evaluate, read_scores, write_scores
-from cppo.policy import create_tokenizer, load_pretrained, save_pretrained
+from cppo.evaluation.evaluate import Score, checkpoint_means, evaluate, read_scores, write_scores
+from cppo.models.create import create_tokenizer
+from cppo.models.load import load_pretrained, save_pretrained
+from cppo.suite.config import BaseConfig
 
 SETTING = {
     "title": "Tiny",

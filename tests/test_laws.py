@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cppo.__main__ import main
-from cppo.laws import EXAMPLE, LAWS, check
 from cppo.objectives import Objective, Reason, Terms, Tokens, names, objective, register, spec
+from cppo.objectives.laws import EXAMPLE, LAWS, check
 from cppo.objectives.ratio import hard_gate, log_ratio, ratio
 from cppo.objectives.registry import _REGISTRY
 

@@ -11,9 +11,9 @@ from common import Results
 from tiny import DENSE, MOE, ROOT
 
 from cppo.__main__ import main
-from cppo.config import Suite, load_suite
-from cppo.plan import cost, parameters
-from cppo.policy import create_model
+from cppo.models.create import create_model
+from cppo.suite.cost import cost, parameters
+from cppo.suite.suite import Suite, load_suite
 
 TABLE3 = """
 model,prompts_per_rollout,responses_per_prompt,minibatch,updates_per_rollout,max_response_tokens,delta,delta_b_min,w_min,adaptive_budget,t_stop

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from cppo.policy import TokenStatistics, create_model, load_pretrained, statistics
+from cppo.models.create import create_model
+from cppo.models.load import load_pretrained
+from cppo.models.logprobs import TokenStatistics, statistics
 
 TOKENS, VOCABULARY, WIDTH, K, TEMPERATURE = 23, 50, 8, 4, 0.7
 
@@ -67,7 +69,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("rows", [1, 5, TOKENS, 1000])
 def test_chunks_equal_full_logits_in_float64(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and both gradients to 1e-5, whether the chunks divide the tokens or not."""
-    monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", rows * VOCABULARY)
+    monkeypatch.setattr("cppo.models.logprobs.CHUNK_ELEMENTS", rows * VOCABULARY)
     found, expected = fast(batch()), slow(batch())
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
@@ -77,7 +79,7 @@ def test_chunks_equal_full_logits_in_float64(rows: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_inputs_have_float32_log_probabilities(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact for the bfloat16 numbers they come from, under autocast too; gradients are those, rounded to bfloat16."""
-    monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setattr("cppo.models.logprobs.CHUNK_ELEMENTS", 5 * VOCABULARY)
     given = batch(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = fast(given)
@@ -116,7 +118,7 @@ def ragged(model_vocabulary: int) -> tuple[list[list[int]], Tensor, Tensor]:
 
 def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, no tensor is larger than a chunk of logits or the head's weight."""
-    monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", 10 * VOCABULARY)
+    monkeypatch.setattr("cppo.models.logprobs.CHUNK_ELEMENTS", 10 * VOCABULARY)
     given = batch()
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
     with Largest() as seen:
@@ -132,7 +134,7 @@ def test_a_models_gradients_equal_those_of_full_logits(tied: bool, monkeypatch: 
     model = create_model(DENSE.model_copy(update={"tied": tied}), "test")
     vocabulary: int = model.config.vocab_size
     prompts, responses, mask = ragged(vocabulary)
-    monkeypatch.setattr("cppo.policy.CHUNK_ELEMENTS", 2 * vocabulary)
+    monkeypatch.setattr("cppo.models.logprobs.CHUNK_ELEMENTS", 2 * vocabulary)
     upstream = torch.arange(1.0, 1 + mask.numel()).view_as(mask) * mask
     now = statistics(model, prompts, responses, mask, TEMPERATURE, top_k=2)
     (now.logp * upstream).sum().backward()  # type: ignore[no-untyped-call]

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from cppo import problems as module
-from cppo.config import Benchmark, Task
-from cppo.policy import UNK, create_tokenizer
-from cppo.problems import (
+from cppo.models.create import create_tokenizer
+from cppo.models.logprobs import UNK
+from cppo.suite.config import Benchmark, Task
+from cppo.tasks.chain import (
     OPERANDS,
     SPECIAL,
     VOCABULARY,
@@ -25,11 +26,9 @@ from cppo.problems import (
     demonstrations,
     make_problems,
     noisy_table,
-    problem,
     random_chain,
-    read_problems,
-    write_problems,
 )
+from cppo.tasks.types import problem, read_problems, write_problems
 
 TASK = Task(
     steps=(3, 5, 8),

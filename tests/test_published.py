@@ -29,14 +29,15 @@ from mathematics import (
 from safetensors.torch import load_file
 
 from cppo.__main__ import main
-from cppo.base import published
-from cppo.config import MathTask, Suite
-from cppo.evaluate import read_scores
-from cppo.policy import load_pretrained, load_tokenizer
-from cppo.problems import Problem, read_problems
-from cppo.prompts import prompt_ids, short_enough, wording
+from cppo.evaluation.evaluate import read_scores
+from cppo.models.load import load_pretrained, load_tokenizer
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import uniforms
+from cppo.suite.config import MathTask
+from cppo.suite.suite import Suite
+from cppo.system.seeds import uniforms
+from cppo.tasks.prompts import prompt_ids, short_enough, wording
+from cppo.tasks.types import Problem, read_problems
+from cppo.training.base_model import published
 
 
 def changed(raw: dict[str, Any], **task: Any) -> MathTask:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from tiny import DENSE, MOE
 
-from cppo.config import Model, Scale
 from cppo.diagnostics import mismatch_metrics
-from cppo.policy import EOS, create_model, create_tokenizer, save_pretrained, statistics
-from cppo.rollout import Record, engine, sample
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import save_pretrained
+from cppo.models.logprobs import EOS, statistics
+from cppo.rollout.engines import engine
+from cppo.rollout.sampling import sample
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import uniforms
+from cppo.rollout.types import Record
+from cppo.suite.config import Model, Scale
+from cppo.system.seeds import uniforms
 
 PROMPTS = ["3a-8>", "3a-8>", "1a+2b*3>", "7a*9b-1c+5>", "1a+2b*3>"]  # three lengths, repeats
 

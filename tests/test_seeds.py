@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from cppo.seeds import numpy_generator, seed, torch_generator, uniforms
+from cppo.system.seeds import numpy_generator, seed, torch_generator, uniforms
 
 
 def test_values_are_stable() -> None:

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from cppo.__main__ import main
-from cppo.config import BaseConfig, RunConfig, Suite, load_suite
-from cppo.provenance import PACKAGES
-from cppo.tables import SUMS, TABLES, check, collect, publish
+from cppo.results.provenance import PACKAGES
+from cppo.results.tables import SUMS, TABLES, check, collect, publish
+from cppo.suite.config import BaseConfig, RunConfig
+from cppo.suite.suite import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ["run", "label", "setting", "seed"]

@@ -10,9 +10,9 @@ import pytest
 from tiny import ROOT
 
 from cppo.__main__ import main
-from cppo.provenance import PACKAGES
-from cppo.seeds import seed
-from cppo.tables import SUMS, as_csv, read_table
+from cppo.results.provenance import PACKAGES
+from cppo.results.tables import SUMS, as_csv, read_table
+from cppo.system.seeds import seed
 
 PUBLISHED = sorted(path.parent.name for path in (ROOT / "results").glob("*/suite.json"))
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 from tiny import run_of, smoke
 
-from cppo.batches import problem_order, shuffled_positions
-from cppo.checkpoint import load_latest
-from cppo.config import RunConfig, Suite
-from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained
-from cppo.problems import Problem, make_problems
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import load_pretrained, save_pretrained
+from cppo.results.checkpoint import load_latest
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.train import Trainer, train
+from cppo.suite.config import RunConfig
+from cppo.suite.suite import Suite
+from cppo.tasks.chain import make_problems
+from cppo.tasks.types import Problem
+from cppo.training.batches import problem_order, shuffled_positions
+from cppo.training.train import Trainer, train
 
 STABLE = ("metrics.jsonl", "positions.jsonl", "tokens.jsonl")
 
@@ -116,9 +119,9 @@ def test_every_rule_sees_the_same_problems_and_noise(
 
 
 def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Trainer:
-    from cppo.critic import ValueModel
-    from cppo.distributed import make_accelerator
-    from cppo.policy import load_tokenizer
+    from cppo.models.load import load_tokenizer
+    from cppo.training.critic import ValueModel
+    from cppo.training.distributed import make_accelerator
 
     critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
     policy, tokenizer = load_pretrained(base), load_tokenizer(base)
@@ -147,7 +150,7 @@ def test_non_finite_updates_are_skipped_and_end_the_run_as_collapsed(
     suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN loss leaves the weights alone; after `collapse_after` in a row the run is done, with its scores kept."""
-    import cppo.train as module
+    import cppo.training.train as module
 
     original = module.policy_loss
 

@@ -1,6 +1,6 @@
 """TrustRegionTrainer against the installed TRL: real training on a CPU, compared with the loss written out by hand.
 
-The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.policy`, and takes mu
+The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.models.logprobs`, and takes mu
 from the weights that sampled. "TRL's own" is GRPOTrainer's loss on the same batch, called on the same trainer.
 """
 
@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cppo import divergences
-from cppo.config import Model
 from cppo.integrations import SampledTokenLoss
 from cppo.loss import policy_loss
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.logprobs import statistics
 from cppo.objectives import Tokens, names, objective, spec
-from cppo.policy import create_model, create_tokenizer, statistics
+from cppo.suite.config import Model
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[trl]'")
-from cppo.integrations.trl import TrustRegionTrainer, trained  # noqa: E402
+from cppo.integrations.trl import TrustRegionTrainer, trained
 
 TEMPERATURE = 0.9
 LENGTH = 24
@@ -126,7 +127,7 @@ def joined(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def logp_by_hand(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """[B, T] with `cppo.policy`, from prompts without padding."""
+    """[B, T] with `cppo.models.logprobs`, from prompts without padding."""
     pairs = zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
     prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
     mask = batch["completion_mask"].bool()

@@ -17,11 +17,12 @@ from fixture import random_tokens
 from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo import advantages
-from cppo.config import RunConfig, load_suite
 from cppo.integrations import SampledTokenLoss, verl_launch
 from cppo.objectives import names
-from cppo.problems import problem
 from cppo.rewards import overlong_penalty
+from cppo.suite.config import RunConfig
+from cppo.suite.suite import load_suite
+from cppo.tasks.types import problem
 
 pytest.importorskip("verl", reason="verl is not installed; it has an environment of its own: make test-verl")
 from hydra import compose, initialize_config_module

@@ -19,12 +19,13 @@ import torch
 from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo.__main__ import main
-from cppo.batches import problem_order
-from cppo.config import Resources, load_suite
 from cppo.integrations import verl_launch
-from cppo.interrupts import Interrupted
-from cppo.policy import create_tokenizer
-from cppo.problems import problem
+from cppo.models.create import create_tokenizer
+from cppo.suite.config import Resources
+from cppo.suite.suite import load_suite
+from cppo.system.interrupts import Interrupted
+from cppo.tasks.types import problem
+from cppo.training.batches import problem_order
 
 CPPO = {"name": "cppo", "objective": "cppo", "divergence": BINARY_TV}
 SETTING = "settings.moe"
@@ -100,9 +101,7 @@ def test_the_papers_largest_setting_renders(tmp_path: Path) -> None:
         assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == (4, 8)
         if run.label in ("cppo", "dppo"):
             assert found["+actor_rollout_ref.actor.policy_loss.settings"]["delta"] == 0.2
-    code = (
-        "import sys; from cppo.config import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
-    )
+    code = "import sys; from cppo.suite.config import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
     suite_file = str(ROOT / "config" / "paper.yaml")
     done = subprocess.run([sys.executable, "-c", code, suite_file], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -19,18 +19,21 @@ from tiny import DENSE, MOE, run_of, smoke
 from transformers import PreTrainedModel
 
 from cppo.__main__ import main
-from cppo.batches import Collector
-from cppo.config import Model, Optimizer, RunConfig, Scale
 from cppo.diagnostics import Stopwatch
-from cppo.distributed import Learner, make_accelerator
-from cppo.evaluate import evaluate, read_scores
-from cppo.policy import create_model, create_tokenizer, load_pretrained, save_pretrained, statistics
-from cppo.problems import Problem, make_problems
+from cppo.evaluation.evaluate import evaluate, read_scores
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import load_pretrained, save_pretrained
+from cppo.models.logprobs import statistics
 from cppo.rewards import Judge
-from cppo.rollout import EngineDied, Record, Rollouts
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import uniforms
-from cppo.train import train
+from cppo.rollout.types import EngineDied, Record, Rollouts
+from cppo.suite.config import Model, Optimizer, RunConfig, Scale
+from cppo.system.seeds import uniforms
+from cppo.tasks.chain import make_problems
+from cppo.tasks.types import Problem
+from cppo.training.batches import Collector
+from cppo.training.distributed import Learner, make_accelerator
+from cppo.training.train import train
 
 pytest.importorskip("vllm", reason="vLLM is not installed; it has an environment of its own: make test-vllm")
 import psutil

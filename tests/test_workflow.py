@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import ROOT, copy_checkout
 
-from cppo.config import load_suite
+from cppo.suite.suite import load_suite
 
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "suite=micro"]
 RULE = '''

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from cppo.config import Model, RunConfig, Suite, load_suite
 from cppo.objectives import names, spec
+from cppo.suite.config import Model, RunConfig
+from cppo.suite.suite import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = Model(hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=32)

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cppo.distributed import Learner
-from cppo.rollout import NOTHING, Record, Rollouts, end_tokens, sample
+from cppo.rollout.sampling import end_tokens, sample
+from cppo.rollout.types import NOTHING, Record, Rollouts
+from cppo.training.distributed import Learner
 
 # Rows are dropped from the cache once so many are finished: each drop copies the cache.
 DROP_BELOW = 0.75
@@ -90,7 +91,7 @@ class TorchEngine:
         top_p: float = 1.0,
         record: Record = NOTHING,
     ) -> Rollouts:
-        """See `cppo.rollout.Engine`. Works on the model's device; the responses come back in main memory."""
+        """See `cppo.rollout.types.Engine`. Works on the model's device; the responses come back in main memory."""
         rows, width = uniforms.shape
         device = self.model.device
         assert rows == len(prompts)

@@ -4,7 +4,7 @@ Differences from the torch engine:
 
 1. It has its own copy of the weights: `sync` writes the policy as a checkpoint, and vLLM reads it. On a CPU vLLM reports
    success but is wrong for tied embeddings and mixtures of experts, so what it samples is compared with the trainer's
-   log-probabilities (`cppo.batches.Collector.mismatch`).
+   log-probabilities (`cppo.training.batches.Collector.mismatch`).
 2. Each row has a seed, a hash of its first uniforms; the noise within a row is vLLM's. Equal prompts share their keys and
    values through the prefix cache, so that a row's seed is its own, whatever samples beside it.
 3. With top_p < 1 vLLM knows log-probabilities after the cut only: they are NaN then.
@@ -34,8 +34,9 @@ from transformers.utils.logging import disable_progress_bar
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from cppo.distributed import Learner, gather
-from cppo.rollout import NOTHING, EngineDied, Record, Rollouts, end_tokens
+from cppo.rollout.sampling import end_tokens
+from cppo.rollout.types import NOTHING, EngineDied, Record, Rollouts
+from cppo.training.distributed import Learner, gather
 
 SEEDING = 8
 """Positions of a row's noise that make its seed."""
@@ -101,7 +102,7 @@ class VllmEngine:
         top_p: float = 1.0,
         record: Record = NOTHING,
     ) -> Rollouts:
-        """See `cppo.rollout.Engine`.
+        """See `cppo.rollout.types.Engine`.
 
         Raises ValueError when prompt and response are longer than the model's positions, and when vLLM has died.
         """
@@ -158,7 +159,7 @@ class VllmEngine:
         return Rollouts(prompts, responses, mask, truncated, logp, topk_ids, topk_logp)
 
     def sync(self, policy: Learner[PreTrainedModel]) -> None:
-        """See `cppo.rollout.Engine`. The main process writes one checkpoint for all: they are on one node.
+        """See `cppo.rollout.types.Engine`. The main process writes one checkpoint for all: they are on one node.
 
         Raises ValueError when vLLM has died.
         """
@@ -175,7 +176,7 @@ class VllmEngine:
         self._call(self.llm.reset_prefix_cache)
 
     def sleep(self) -> None:
-        """See `cppo.rollout.Engine`. Level 2: `sync` brings new weights anyway, so the old ones are dropped."""
+        """See `cppo.rollout.types.Engine`. Level 2: `sync` brings new weights anyway, so the old ones are dropped."""
         if self.sleeps:
             self._call(self.llm.sleep, level=2)
             self.asleep = True

@@ -27,22 +27,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults.workshop import LABELS, Workshop, digests, leftovers
 from tqdm import tqdm
 
-import cppo.evaluate
-import cppo.files
-import cppo.tables
-import cppo.train
+import cppo.evaluation.evaluate
+import cppo.results.tables
+import cppo.system.files
+import cppo.training.train
 from cppo.__main__ import main
 from cppo.rollout.torch_engine import TorchEngine
 
 PHASES: dict[str, tuple[str, Any, str]] = {
     "rollout": ("train", TorchEngine, "generate"),
-    "update": ("train", cppo.train.Trainer, "update"),
-    "metrics write": ("train", cppo.train.Trainer, "append"),
-    "checkpoint write": ("train", cppo.train.Trainer, "save"),
-    "resume": ("train", cppo.train.Trainer, "resume"),
-    "evaluation": ("evaluate", cppo.evaluate, "_score"),
-    "scores write": ("evaluate", cppo.evaluate, "write_scores"),
-    "collect": ("collect", cppo.tables, "_write"),
+    "update": ("train", cppo.training.train.Trainer, "update"),
+    "metrics write": ("train", cppo.training.train.Trainer, "append"),
+    "checkpoint write": ("train", cppo.training.train.Trainer, "save"),
+    "resume": ("train", cppo.training.train.Trainer, "resume"),
+    "evaluation": ("evaluate", cppo.evaluation.evaluate, "_score"),
+    "scores write": ("evaluate", cppo.evaluation.evaluate, "write_scores"),
+    "collect": ("collect", cppo.results.tables, "_write"),
 }
 """Where kills strike: the command, and the owner and the name of the function that is the phase."""
 

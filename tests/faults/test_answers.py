@@ -17,8 +17,8 @@ from faults.answers import SECOND, VERDICTS, Hostile, corpus, fuzz
 from tiny import ROOT
 
 from cppo.rewards import MEMORY_BYTES, Judge, boxes, fast_verdict
-from cppo.verify_worker import HARMLESS, answer, in_a_child
-from cppo.verify_worker import VERDICTS as VERDICTS_OF_CODES
+from cppo.rewards.verify_worker import HARMLESS, answer, in_a_child
+from cppo.rewards.verify_worker import VERDICTS as VERDICTS_OF_CODES
 
 ENTRIES = corpus()
 LIBRARIES = (sys.base_prefix, sys.prefix, "<frozen ")

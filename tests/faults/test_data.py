@@ -12,12 +12,13 @@ import pytest
 from faults.suites import tree
 from faults.workshop import Workshop
 
-from cppo import lm_task, rewards
+from cppo import rewards
 from cppo.__main__ import main
-from cppo.config import RunConfig
-from cppo.problems import read_problems, write_problems
+from cppo.evaluation import lm_eval_task as lm_task
+from cppo.results.tables import TIMES
 from cppo.rewards import Judge
-from cppo.tables import TIMES
+from cppo.suite.config import RunConfig
+from cppo.tasks.types import read_problems, write_problems
 
 WRONG: list[Any] = [None, True, "x", "", [], {}, [1], 10**400, "\0", "1e5", {"a": 1}]
 """Values that are neither a number that a table holds, nor a name that means something."""
@@ -155,8 +156,8 @@ def test_problem_rows(tmp_path: Path) -> None:
     """A hundred mutations of a row's text: each is refused naming file and line, or is the same row."""
     from tiny import smoke
 
-    from cppo.config import Task
-    from cppo.problems import make_problems
+    from cppo.suite.config import Task
+    from cppo.tasks.chain import make_problems
 
     task = smoke(tmp_path).settings["tiny"].task
     assert isinstance(task, Task)

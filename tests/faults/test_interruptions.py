@@ -17,10 +17,10 @@ from faults.kills import Reference, in_child
 from faults.workshop import digests
 from tiny import ROOT
 
-import cppo.train
+import cppo.training.train
 from cppo.__main__ import main
-from cppo.interrupts import TRY_AGAIN
-from cppo.train import Trainer
+from cppo.system.interrupts import TRY_AGAIN
+from cppo.training.train import Trainer
 
 
 def finish(whole: Reference, root: Path) -> None:
@@ -187,7 +187,7 @@ def test_out_of_memory_in_a_minibatch(
 ) -> None:
     """PyTorch's allocator really refuses: a tensor of four tebibytes beside the third iteration's forward pass."""
     root = whole.shop.copy("memory")
-    original = cppo.train.statistics
+    original = cppo.training.train.statistics
 
     with monkeypatch.context() as patch:
 
@@ -195,7 +195,7 @@ def test_out_of_memory_in_a_minibatch(
             torch.empty(2**40)
             return original(*args, **kwargs)
 
-        disturb(patch, 3, lambda _: patch.setattr(cppo.train, "statistics", greedy))
+        disturb(patch, 3, lambda _: patch.setattr(cppo.training.train, "statistics", greedy))
         assert train(whole, root) == 2
     one_line(
         capsys, str(root), "out of memory in iteration 3", "scale.micro_rows", "continues from the last saved state"
@@ -305,7 +305,7 @@ def test_a_run_is_not_continued_by_other_code(
         disturb(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert train(whole, root) == TRY_AGAIN
     with monkeypatch.context() as patch:
-        patch.setattr("cppo.provenance.code_version", lambda: "0123456789")
+        patch.setattr("cppo.results.provenance.code_version", lambda: "0123456789")
         assert train(whole, root) == 2
     one_line(capsys, "provenance.json: code_version: the run was begun with", "this is 0123456789")
     finish(whole, root)

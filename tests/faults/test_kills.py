@@ -3,7 +3,7 @@
 import pytest
 from faults import kills
 
-from cppo.distributed import Learner
+from cppo.training.distributed import Learner
 
 
 def test_a_run_killed_in_every_phase_equals_one_never_stopped(whole: kills.Reference) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tiny import DENSE, ROOT
 
-from cppo.config import Suite
-from cppo.policy import create_model, create_tokenizer, load_pretrained, load_tokenizer, save_pretrained
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import load_pretrained, load_tokenizer, save_pretrained
+from cppo.suite.suite import Suite
 
 AUDIT = ROOT / "tests" / "faults" / "audit"
 EVIL = """

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from faults.kills import Reference, in_child
 
-import cppo.lock
+import cppo.system.lock
 from cppo.__main__ import main
-from cppo.interrupts import TRY_AGAIN
-from cppo.lock import STALE_SECONDS, locked
+from cppo.system.interrupts import TRY_AGAIN
+from cppo.system.lock import STALE_SECONDS, locked
 
 
 def hold(folder: Path, beat: float = 10.0) -> int:
     """A child process that holds the lock until it is killed; its id, once it has it."""
     child = os.fork()
     if child == 0:
-        cppo.lock.HEARTBEAT_SECONDS = beat
+        cppo.system.lock.HEARTBEAT_SECONDS = beat
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with locked(folder):
             (folder / "held").touch()
@@ -69,7 +69,7 @@ def test_another_hosts_lock_counts_while_its_heart_beats(tmp_path: Path) -> None
 
 
 def test_the_heartbeat_renews_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cppo.lock, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(cppo.system.lock, "HEARTBEAT_SECONDS", 0.02)
     with locked(tmp_path):
         past = time.time() - 1000
         os.utime(tmp_path / "LOCK", (past, past))

@@ -9,7 +9,8 @@ import yaml
 from tiny import ROOT
 
 from cppo.__main__ import main
-from cppo.config import RunConfig, Suite, load_suite
+from cppo.suite.config import RunConfig
+from cppo.suite.suite import Suite, load_suite
 
 LABELS = ("cppo", "ppo")
 """The rule with most state in its streams, and the one with a critic."""

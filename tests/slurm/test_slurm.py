@@ -16,7 +16,8 @@ import pytest
 import yaml
 from tiny import ROOT, copy_checkout
 
-from cppo.config import RunConfig, load_suite
+from cppo.suite.config import RunConfig
+from cppo.suite.suite import load_suite
 
 pytestmark = pytest.mark.skipif(shutil.which("apt-get") is None, reason="Slurm's packages come from Debian's apt-get")
 

@@ -7,7 +7,9 @@ from functools import cache
 from math import ceil
 from pathlib import Path
 
-from cppo.config import find_base, find_run, load_suite
+from cppo.suite.suite import find_base
+from cppo.suite.suite import find_run
+from cppo.suite.suite import load_suite
 from paper_figures.catalog import available, files
 
 SUITE = config.get("suite", "mini")

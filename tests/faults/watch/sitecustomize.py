@@ -1,6 +1,6 @@
 """On PYTHONPATH: processes that were forked append what text could only cause by being run as code to $CPPO_WATCHED.
 
-A line an event: name and argument. `cppo.verify_worker` judges in forks of itself, so what it imports itself is not listed.
+A line an event: name and argument. `cppo.rewards.verify_worker` judges in forks of itself, so what it imports itself is not listed.
 """
 
 import os

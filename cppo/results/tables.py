@@ -14,9 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from cppo.config import BaseConfig, RunConfig, Suite, parse, parse_run
-from cppo.files import partial_of, read_json, sha256, write_whole, writing
-from cppo.provenance import PACKAGES
+from cppo.results.provenance import PACKAGES
+from cppo.suite.config import BaseConfig, RunConfig, parse_run
+from cppo.suite.schema import parse
+from cppo.suite.suite import Suite
+from cppo.system.files import partial_of, read_json, sha256, write_whole, writing
 
 TABLES = ("scores", "curves", "positions", "tokens", "runs")
 SUMS = "SHA256SUMS"

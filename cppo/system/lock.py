@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cppo.files import writing
-from cppo.interrupts import TRY_AGAIN
+from cppo.system.files import writing
+from cppo.system.interrupts import TRY_AGAIN
 
 HEARTBEAT_SECONDS = 10.0
 """Time between two renewals."""

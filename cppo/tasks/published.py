@@ -1,4 +1,4 @@
-r"""Published problem sets, read with the `datasets` library and checked, in the one schema of `cppo.problems`.
+r"""Published problem sets, read with the `datasets` library and checked, in the one schema of `cppo.tasks.types`.
 
 Every name stands for one file of one repository of the Hugging Face hub at the commit that the suite names, or for the same
 file in a local folder, <data_dir>/<name>/*.parquet (.jsonl, .csv). A benchmark must be whole: a wrong number of rows, an
@@ -20,11 +20,11 @@ from typing import Any
 import datasets
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cppo.config import Dataset, MathTask, TrainingSet
-from cppo.files import sha256
-from cppo.hub import fetch
-from cppo.problems import Problem, problem
 from cppo.rewards import Judge
+from cppo.suite.config import Dataset, MathTask, TrainingSet
+from cppo.system.files import sha256
+from cppo.system.hub import fetch
+from cppo.tasks.types import Problem, problem
 
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
@@ -224,7 +224,7 @@ def _rows(wanted: Dataset, data_dir: str | None) -> tuple[Iterator[tuple[str, st
 
 def _file(wanted: Dataset, source: Source, data_dir: str | None) -> Path:
     if data_dir is None:
-        assert wanted.revision is not None  # cppo.config checks it
+        assert wanted.revision is not None  # cppo.suite.config checks it
         remedy = f"with a copy at hand, put {source.file} into <folder>/{wanted.name}/ and set task.data_dir: <folder>"
         folder = fetch(source.repo, "dataset", wanted.revision, [source.file], remedy)
         return folder / source.file

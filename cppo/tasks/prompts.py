@@ -9,8 +9,8 @@ import sys
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from cppo.config import MathTask, Task
-from cppo.problems import Problem
+from cppo.suite.config import MathTask, Task
+from cppo.tasks.types import Problem
 
 
 def wording(task: Task | MathTask, question: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from cppo.config import BaseConfig, RunConfig, parse_run
-from cppo.files import read_json, sha256
-from cppo.provenance import PACKAGES, code_version
-from cppo.seeds import seed
-from cppo.tables import SUMS, TABLES, as_csv, check, read_table
+from cppo.results.provenance import PACKAGES, code_version
+from cppo.results.tables import SUMS, TABLES, as_csv, check, read_table
+from cppo.suite.config import BaseConfig, RunConfig, parse_run
+from cppo.system.files import read_json, sha256
+from cppo.system.seeds import seed
 
 
 def show(run: str, root: Path, results: Path) -> str:

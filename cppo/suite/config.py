@@ -1,47 +1,12 @@
-"""Suites and runs: frozen, fully checked configuration.
+"""Types of settings, rules and runs: frozen, fully checked configuration."""
 
-A suite (`config/<name>.yaml`) names settings (model, task, rollout plan, optimiser), objectives, seeds and the
-evaluation. `load_suite` checks all of it before anything is computed and turns it into runs, one for each
-setting x objective x seed. A run's id is the hash of its fully resolved configuration without the suite's name, so equal
-runs of two suites are one run.
-
-Every error is a ValueError of one line: file, key, what is wrong.
-"""
-
-import hashlib
 import json
-import math
-import re
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from cppo.presets import expand
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
-"""Lower-case letters, digits, - and _: names become parts of paths."""
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Betas = tuple[Share, Share]
-Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-Parsed = TypeVar("Parsed", bound=BaseModel)
-MAX_BYTES = 2**18
-"""Of a suite's file."""
-MAX_NODES = 100_000
-"""Of a suite's YAML, aliases written out."""
-
-
-class Config(BaseModel):
-    """Frozen; an unknown key or a wrong type is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from cppo.suite.schema import Betas, Commit, Config, Count, Name, Positive, Seed, Share, content_hash, parse, unique
 
 
 class Model(Config):
@@ -111,7 +76,7 @@ class Benchmark(Config):
 
 
 class Task(Config):
-    """The noisy modular chain (see `cppo.problems`): step-by-step arithmetic modulo 10 with a boxed answer."""
+    """The noisy modular chain (see `cppo.tasks.types`): step-by-step arithmetic modulo 10 with a boxed answer."""
 
     family: Literal["chain"] = "chain"
     """Kind of problem."""
@@ -126,14 +91,14 @@ class Task(Config):
 
     @model_validator(mode="after")
     def _distinct(self) -> "Task":
-        _unique([b.name for b in self.benchmarks], "benchmarks: name")
+        unique([b.name for b in self.benchmarks], "benchmarks: name")
         if "train" in (b.name for b in self.benchmarks):
             raise ValueError("benchmarks: the name 'train' is taken by the training problems")
         return self
 
 
 class Dataset(Config):
-    """A published set of problems that `cppo.datasets` knows how to read."""
+    """A published set of problems that `cppo.tasks.published` knows how to read."""
 
     name: Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "gsm8k", "gsm8k_train"]
     """Which one; also the lm-eval task's name."""
@@ -177,7 +142,7 @@ class MathTask(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> "MathTask":
-        _unique([b.name for b in self.benchmarks], "benchmarks: name")
+        unique([b.name for b in self.benchmarks], "benchmarks: name")
         if self.train.name in (b.name for b in self.benchmarks):
             raise ValueError(f"benchmarks: {self.train.name} is the training set")
         for wanted in (self.train, *self.benchmarks):
@@ -544,134 +509,6 @@ class BaseConfig(Config):
         return f"data/{self.setting}/{content_hash(parts)}"
 
 
-class Suite(Config):
-    """A whole comparison: settings x objectives x seeds."""
-
-    description: str
-    """What the suite is for."""
-    seeds: tuple[Seed, ...] = Field(min_length=1)
-    """Each objective runs once with each."""
-    settings: dict[Name, Setting] = Field(min_length=1)
-    """The tables' columns."""
-    evaluation: Evaluation
-    """The same for all."""
-    objectives: tuple[ObjectiveEntry, ...] = Field(min_length=1)
-    """The tables' rows."""
-    resources: dict[Name, Resources] = {}
-    """What the jobs of a setting ask a cluster for, by the setting's name; for others one core."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that get every iteration's metrics too."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> "Suite":
-        _unique([o.name for o in self.objectives], "objectives: name")
-        _unique(self.seeds, "seeds")
-        for name in self.resources:
-            if name not in self.settings:
-                raise ValueError(f"resources.{name}: no such setting in this suite")
-        for entry in self.objectives:
-            if entry.name == "base":
-                raise ValueError("objectives: the name 'base' is taken by the tables' base row")
-            for name in entry.by_setting:
-                if name not in self.settings:
-                    raise ValueError(f"objectives.{entry.name}.by_setting.{name}: no such setting in this suite")
-        return self
-
-    def runs(self) -> tuple[RunConfig, ...]:
-        """All runs, settings first, then objectives, then seeds."""
-        return tuple(self.by_id.values())
-
-    @cached_property
-    def by_id(self) -> dict[str, RunConfig]:
-        """All runs by id; made once, since the workflow asks for every run several times."""
-        runs = (
-            RunConfig(
-                label=entry.name,
-                setting=name,
-                seed=seed,
-                plan=plan,
-                objective=_spelled_out(entry, name, plan),
-                evaluation=self.evaluation,
-            )
-            for name, plan in self.settings.items()
-            for entry in self.objectives
-            for seed in self.seeds
-        )
-        return {run.id: run for run in runs}
-
-    def asked(self, setting: str) -> Resources:
-        """What the jobs of a setting ask a cluster for."""
-        return self.resources.get(setting, Resources())
-
-    def bases(self) -> tuple[BaseConfig, ...]:
-        """The base models, one a setting."""
-        return tuple(
-            BaseConfig(setting=name, plan=plan, evaluation=self.evaluation) for name, plan in self.settings.items()
-        )
-
-
-def content_hash(value: object) -> str:
-    """Ten hex digits of the SHA-256 of the value's canonical JSON."""
-
-    def plain(x: object) -> object:
-        return x.model_dump(mode="json") if isinstance(x, BaseModel) else str(x)
-
-    text = json.dumps(value, sort_keys=True, default=plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def load_suite(path: str | Path, baselines: tuple[str, ...] = ()) -> Suite:
-    """The checked suite in the YAML file at `path`, with `baselines` (JSON objective entries) appended to its objectives.
-
-    Raises ValueError, one line with file and key, for anything that could not run.
-    """
-    path = Path(path)
-    raw = _read_yaml(path)
-    if baselines and isinstance(raw, dict) and isinstance(raw.get("objectives"), list):
-        raw = {**raw, "objectives": [*raw["objectives"], *(_baseline(b) for b in baselines)]}
-    if isinstance(raw, dict) and isinstance(raw.get("objectives"), list):
-        try:
-            raw = {**raw, "objectives": [expand(entry) for entry in raw["objectives"]]}
-        except ValueError as error:
-            raise ValueError(f"{path}: objectives.{error}") from None
-    suite: Suite = parse(Suite, raw, str(path))
-    _check_engines(suite, path)
-    for entry in suite.objectives:
-        for name, plan in suite.settings.items():
-            try:
-                _check_objective(_spelled_out(entry, name, plan), plan)
-            except ValueError as error:
-                raise ValueError(f"{path}: objectives.{entry.name}.{error}") from None
-    return suite
-
-
-def find_run(suite: Suite, run_id: str) -> RunConfig:
-    """The suite's run with this id. Raises ValueError when there is none."""
-    if run_id in suite.by_id:
-        return suite.by_id[run_id]
-    raise ValueError(f"--run {run_id}: no such run in the suite; `python -m cppo runs` lists them")
-
-
-def find_base(suite: Suite, setting: str) -> BaseConfig:
-    """The base model of this setting. Raises ValueError when there is none."""
-    for base in suite.bases():
-        if base.setting == setting:
-            return base
-    raise ValueError(f"--setting {setting}: not in the suite; it has {', '.join(suite.settings)}")
-
-
-def _baseline(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"--baseline {text!r:.80}: not JSON") from None
-
-
-def _one_line(message: str) -> str:
-    """The message without line breaks and control characters, which a key in the file may hold."""
-    return " ".join("".join(c if c.isprintable() else " " for c in message).split())
-
-
 def read_config(folder: Path) -> RunConfig | BaseConfig:
     """The resolved configuration in the directory of a run or a base model.
 
@@ -693,176 +530,3 @@ def parse_run(raw: object, where: str) -> RunConfig | BaseConfig:
     if isinstance(raw, dict) and "seed" in raw:
         return parse(RunConfig, raw, where)
     return parse(BaseConfig, raw, where)
-
-
-def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
-    """`raw` (plain data) as a checked `kind`; ValueError of one line naming `where` and the key otherwise."""
-    try:
-        text = json.dumps(raw, default=str)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: not plain data: {error}") from None
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        # A misspelt key is also a missing one: name what was written.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        place = first["loc"]
-        key = ".".join(str(part) for i, part in enumerate(place) if (place[i - 1], part) not in _TAGS)
-        message = {"extra_forbidden": "unknown key", "missing": "missing key"}.get(first["type"], first["msg"])
-        message = message.removeprefix("Value error, ")
-        raise ValueError(f"{where}: {_one_line((key + ': ' if key else '') + message)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> object:
-    try:
-        with path.open("rb") as source:
-            content = source.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"{path}: longer than {MAX_BYTES} bytes, which no suite is; see config/mini.yaml")
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ValueError(f"{path}: cannot be read ({reason}); suites are YAML files such as config/mini.yaml") from None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_aliases(node, {})
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyError) as error:
-        # PyYAML raises the last two for !!timestamp and !!bool before text that is neither.
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"{path}:{line} not valid YAML: {_one_line(problem)}") from None
-
-
-def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """How many nodes this one is when its aliases are written out; a YAMLError when too many, or when it contains itself.
-
-    A few hundred bytes of aliases of aliases may stand for more than any memory holds.
-    """
-    key = id(node)
-    if key not in sizes:
-        sizes[key] = None  # being counted
-        below = node.value if isinstance(node, yaml.CollectionNode) else []
-        children = [child for entry in below for child in (entry if isinstance(entry, tuple) else (entry,))]
-        sizes[key] = 1 + sum(_check_aliases(child, sizes) for child in children)
-    size = sizes[key]
-    if size is None:
-        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it names", node.start_mark)
-    if size > MAX_NODES:
-        problem = f"more than {MAX_NODES} values once its aliases are written out"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    return size
-
-
-def _unique(values: Any, what: str) -> None:
-    seen: set[Any] = set()
-    for value in values:
-        if value in seen:
-            raise ValueError(f"{what} {value!r} is given twice")
-        seen.add(value)
-
-
-def _spelled_out(entry: ObjectiveEntry, setting: str, plan: Setting) -> ObjectiveEntry:
-    """The entry for one setting, every objective setting explicit, so that a changed default changes the run's id."""
-    # Imported late: this module must load without torch, which the objectives need.
-    import dataclasses
-    import typing
-
-    from cppo.objectives import settings_of, spec
-
-    try:
-        kind = spec(entry.objective).settings
-    except ValueError as error:
-        raise ValueError(f"objective: {error}") from None
-    here, divergence = dict(entry.by_setting.get(setting, {})), entry.divergence
-    if "divergence" in here:
-        divergence = parse(Divergence, here.pop("divergence"), f"by_setting.{setting}.divergence")
-    values = {**entry.settings, **here}
-    if values.get("span") == "max_response_tokens":
-        values["span"] = plan.rollout.max_response_tokens
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    try:
-        for key, value in values.items():
-            if key not in known:
-                owner = f"objective {entry.objective}"
-                raise ValueError(f"{key}: unknown setting of {owner}; known: {', '.join(known) or 'none'}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}: {value} is not a finite number")
-            if key == "span" and isinstance(value, int) and value < plan.rollout.max_response_tokens:
-                raise ValueError(f"span: {value} is shorter than rollout.max_response_tokens of setting {setting}")
-        for key, field in known.items():
-            if key not in values and field.default is field.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{key}: objective {entry.objective} has no default for it")
-        checked = settings_of(entry.objective, **values)
-    except ValueError as error:
-        key = str(error).split(":")[0]
-        where = f"by_setting.{setting}" if key in here else "settings"
-        raise ValueError(f"{where}{'.' if key in {**values, **known} else ': '}{_one_line(str(error))}") from None
-    # 20 where a float is meant becomes 20.0: equal settings have one id.
-    hints = typing.get_type_hints(kind)
-    exact = {key: TypeAdapter(hints[key]).validate_python(value, strict=True) for key, value in values.items()}
-    resolved = dataclasses.asdict(dataclasses.replace(checked, **exact))
-    return entry.model_copy(update={"settings": resolved, "divergence": divergence, "by_setting": {}})
-
-
-def _check_engines(suite: Suite, path: Path) -> None:
-    """ValueError for a setting that its engine cannot train."""
-    for name, plan in suite.settings.items():
-        if plan.engine == "verl":
-            from cppo.integrations.verl_launch import check_plan
-
-            try:
-                check_plan(name, plan, suite.asked(name))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        elif plan.scale is not None and plan.scale.sharding == "megatron":
-            raise ValueError(f"{path}: settings.{name}.scale.sharding: megatron is only for engine verl")
-
-
-def _check_objective(entry: ObjectiveEntry, plan: Setting) -> None:
-    """ValueError for a combination that cannot run."""
-    from cppo.objectives import spec
-    from cppo.problems import VOCABULARY
-
-    if spec(entry.objective).divergence != (entry.divergence is not None):
-        need = "needs one" if entry.divergence is None else "uses none"
-        raise ValueError(f"divergence: objective {entry.objective} {need}")
-    if plan.engine == "verl":
-        from cppo.integrations.verl_launch import check_objective
-
-        check_objective(entry)
-    if entry.divergence is None:
-        return
-    if plan.engine == "vllm" and entry.divergence.estimator == "exact":
-        raise ValueError("divergence.estimator: exact needs whole distributions, which vLLM does not give; take top_k")
-    if isinstance(plan.model, Pretrained):
-        if entry.divergence.estimator == "exact":
-            raise ValueError("divergence.estimator: exact is for the embedded vocabulary; take top_k")
-    elif entry.divergence.k is not None and entry.divergence.k >= len(VOCABULARY):
-        raise ValueError(f"divergence.k: {entry.divergence.k} must be below the vocabulary's size {len(VOCABULARY)}")

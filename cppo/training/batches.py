@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo import advantages, divergences
-from cppo.config import Divergence, RunConfig, Scale
-from cppo.critic import ValueModel
 from cppo.diagnostics import Stopwatch, mismatch_metrics
-from cppo.distributed import Learner, gather, most, own
 from cppo.loss import Metrics
-from cppo.policy import Statistics, statistics
-from cppo.problems import Problem
-from cppo.prompts import prompt_ids
+from cppo.models.logprobs import Statistics, statistics
 from cppo.rewards import Judge, overlong_penalty
-from cppo.rollout import Engine, Record, Rollouts, concatenate, widen
-from cppo.seeds import torch_generator, uniforms
+from cppo.rollout.types import Engine, Record, Rollouts, concatenate, widen
+from cppo.suite.config import Divergence, RunConfig, Scale
+from cppo.system.seeds import torch_generator, uniforms
+from cppo.tasks.prompts import prompt_ids
+from cppo.tasks.types import Problem
+from cppo.training.critic import ValueModel
+from cppo.training.distributed import Learner, gather, most, own
 
 PROBED_ROWS = 16
 """Responses of a rollout on which the engine's log-probabilities are compared with the trainer's."""

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cppo.files import sha256, whole_folder, writing
+from cppo.system.files import sha256, whole_folder, writing
 
 KEPT = 2
 

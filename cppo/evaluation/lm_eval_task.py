@@ -11,9 +11,9 @@ from typing import Any
 
 import datasets
 
-from cppo.files import write_whole
-from cppo.problems import read_problems
 from cppo.rewards import Judge
+from cppo.system.files import write_whole
+from cppo.tasks.types import read_problems
 
 TEMPLATE = """\
 task: {name}
@@ -53,7 +53,7 @@ def write_task(
         tokens=tokens,
     )
     write_whole(folder / f"{name}.yaml", task)
-    write_whole(folder / "utils.py", "from cppo.lm_task import load, process_results  # noqa: F401\n")
+    write_whole(folder / "utils.py", "from cppo.evaluation.lm_eval_task import load, process_results  # noqa: F401\n")
 
 
 def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:

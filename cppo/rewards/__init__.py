@@ -3,7 +3,7 @@
 The answer is what stands in the response's box (`\\boxed{...}`); a response without one is wrong, one that merely contains
 the number is too. A box counts wherever it stands (a response is plain text, where `%` starts no comment), and several must
 agree. Plain integers are compared here; everything else goes to math-verify in a process of its own
-(`cppo.verify_worker`) with a limit on memory and time: a model's text can keep a computer-algebra system busy for ever.
+(`cppo.rewards.verify_worker`) with a limit on memory and time: a model's text can keep a computer-algebra system busy for ever.
 Text and verdict cross the pipe as JSON lines; nothing is unpickled or evaluated.
 """
 
@@ -151,7 +151,7 @@ class Judge:
         self._owner = os.getpid()
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "cppo.verify_worker", str(MEMORY_BYTES)],
+                [sys.executable, "-m", "cppo.rewards.verify_worker", str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -169,7 +169,7 @@ class Judge:
                 said = complaints.read().strip().splitlines() or [ended]
                 raise ValueError(
                     f"the math-verify worker does not start: {said[-1]}; "
-                    f'`python -m cppo.verify_worker {MEMORY_BYTES}` must print "ready"'
+                    f'`python -m cppo.rewards.verify_worker {MEMORY_BYTES}` must print "ready"'
                 )
 
     def close(self) -> None:

@@ -4,168 +4,20 @@ Legend: B rows, L prompt + response tokens, T response tokens, N trained tokens,
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
-from cppo.config import Model
-from cppo.files import read_json
-from cppo.problems import SPECIAL, VOCABULARY
-from cppo.seeds import seed
+PAD = 0
+"""Stands behind the end of a row; attention is causal, so that nothing looks at it."""
 
-PAD, EOS, UNK = range(3)
 # So many logits are made at a time, so that [B, T, V] never exists: 128 MiB in float32, of which three are alive at once.
 CHUNK_ELEMENTS = 2**25
-
-
-def create_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded suite's tokenizer: a character a token, and one token for the opening of the box."""
-    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate(VOCABULARY)}, unk_token=SPECIAL[UNK]))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=SPECIAL[PAD], eos_token=SPECIAL[EOS], unk_token=SPECIAL[UNK]
-    )
-
-
-def create_model(model: Model, setting: str) -> PreTrainedModel:
-    """A freshly initialised model of a real architecture, float32, with the weights of this setting's seed."""
-    shape: dict[str, Any] = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": 1024,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": model.tied,
-        "pad_token_id": PAD,
-        "bos_token_id": None,
-        "eos_token_id": EOS,
-        "initializer_range": 0.05,  # suits widths of 64 to 128; the default 0.02 is for thousands
-        "dtype": "float32",
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("weights", setting))
-        if model.architecture == "qwen3":
-            return Qwen3ForCausalLM(Qwen3Config(**shape))
-        return Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                **shape,
-                moe_intermediate_size=model.intermediate_size,
-                num_experts=model.experts,
-                num_experts_per_tok=model.experts_per_token,
-                norm_topk_prob=True,
-            )
-        )
-
-
-def save_pretrained(
-    model: PreTrainedModel,
-    folder: str | Path,
-    tokenizer: PreTrainedTokenizerFast,
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write model and tokenizer as an ordinary Hugging Face checkpoint (safetensors); weights: instead of the model's own."""
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-
-
-def load_pretrained(folder: str | Path) -> PreTrainedModel:
-    """The float32 model in a checkpoint folder. Raises ValueError when there is none.
-
-    Never runs code from the folder and never unpickles.
-    """
-    folder = Path(folder)
-    check_harmless(folder)
-    model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, use_safetensors=True)
-    assert isinstance(model, PreTrainedModel)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
-    return model
-
-
-def check_harmless(folder: Path) -> None:
-    """ValueError for a checkpoint whose own files would have transformers unpickle, run code or read elsewhere.
-
-    Not all of that is left to `trust_remote_code` and `use_safetensors`: transformers (5.17) unpickles what an index of
-    safetensors names, and takes an attention's implementation from a repository that config.json names.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no Hugging Face checkpoint (config.json is missing)")
-    config = read_json(folder / "config.json")
-    for key, value in config.items():
-        if key.lower().endswith(("_implementation", "_implementation_internal")) and not _is_plain(value):
-            raise ValueError(
-                f"{folder / 'config.json'}: {key}: {value!r:.80} may name code in a repository, which is never run; "
-                "remove the key"
-            )
-    index = folder / "model.safetensors.index.json"
-    files = read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(files, dict):
-        raise ValueError(f"{index}: weight_map: not an object; take the checkpoint again from where it was published")
-    for name in files.values():
-        if not (isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name):
-            raise ValueError(
-                f"{index}: weight_map: {name!r:.80} is no safetensors file of this folder; pickled weights are never loaded"
-            )
-    if not list(folder.glob("*.safetensors")):
-        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "nothing else"
-        raise ValueError(
-            f"{folder}: holds no weights as safetensors but {pickled}; pickled weights are never loaded, as they may run code: "
-            "convert them where you trust them, with save_pretrained(..., safe_serialization=True)"
-        )
-
-
-def _is_plain(implementation: object) -> bool:
-    """Whether this is nothing, or the name of something in transformers itself."""
-    return implementation is None or (isinstance(implementation, str) and implementation.isidentifier())
-
-
-def load_config(folder: str | Path) -> PreTrainedConfig:
-    """The model's configuration in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
-    config = _loaded(AutoConfig, Path(folder))
-    assert isinstance(config, PreTrainedConfig)
-    return config
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a checkpoint folder. Raises ValueError when there is none; never runs code from it."""
-    tokenizer = _loaded(AutoTokenizer, Path(folder))
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}: its tokenizer is no fast one (tokenizer.json is missing or of another kind)")
-    return tokenizer
-
-
-def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """transformers' object from a local folder. A damaged or hostile folder fails in many ways there, each one line here."""
-    try:
-        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # tokenizers and safetensors raise nothing narrower
-        reason = " ".join("".join(c if c.isprintable() else " " for c in f"{error or type(error).__name__}").split())[
-            :300
-        ]
-        if "trust_remote_code" in str(error):
-            reason = "it wants code of its own run (auto_map), which is never done; take one that transformers knows by itself"
-        raise ValueError(f"{folder}: not a loadable checkpoint: {reason}") from None
 
 
 class Statistics(NamedTuple):

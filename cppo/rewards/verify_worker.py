@@ -1,6 +1,6 @@
 """The child process of `cppo.rewards.Judge`: reads questions as JSON lines, writes a verdict as a JSON line each.
 
-Not imported by the package: it is run as `python -m cppo.verify_worker BYTES`, BYTES being the address space of a verdict.
+Not imported by the package: it is run as `python -m cppo.rewards.verify_worker BYTES`, BYTES being the address space of a verdict.
 
 It imports math-verify once and forks a child for every question ([response, gold, seconds]), which takes 3 ms. So no
 answer can wear out or slow down what judges the next one, and a lost child costs nothing. The child's verdict is its exit

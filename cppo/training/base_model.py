@@ -1,7 +1,7 @@
 """A setting's base model, one for all its runs: a published checkpoint, or the outcome of a warm start.
 
 The warm start is supervised training that stops on sampled accuracy; its demonstrations are noisy on purpose (see
-`cppo.problems`). A published checkpoint is linked, not copied.
+`cppo.tasks.types`). A published checkpoint is linked, not copied.
 """
 
 import itertools
@@ -14,26 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo.config import BaseConfig, MathTask, Model, Pretrained, Task
-from cppo.distributed import device_of
-from cppo.files import read_json, sha256, whole_folder, write_whole, writing
-from cppo.hub import fetch
-from cppo.policy import (
-    EOS,
-    check_harmless,
-    create_model,
-    create_tokenizer,
-    load_config,
-    load_tokenizer,
-    save_pretrained,
-    statistics,
-)
-from cppo.problems import Problem, demonstrations
-from cppo.prompts import short_enough
-from cppo.provenance import provenance
+from cppo.models.create import create_model, create_tokenizer
+from cppo.models.load import check_harmless, load_config, load_tokenizer, save_pretrained
+from cppo.models.logprobs import EOS, statistics
+from cppo.results.provenance import provenance
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.seeds import uniforms
+from cppo.suite.config import BaseConfig, MathTask, Model, Pretrained, Task
+from cppo.system.files import read_json, sha256, whole_folder, write_whole, writing
+from cppo.system.hub import fetch
+from cppo.system.seeds import uniforms
+from cppo.tasks.chain import demonstrations
+from cppo.tasks.prompts import short_enough
+from cppo.tasks.types import Problem
+from cppo.training.distributed import device_of
 
 CHECK_RESPONSES = 256
 """Responses sampled in one measurement of the accuracy."""

@@ -1,7 +1,7 @@
 """The training loop: rollout -> reward -> advantage -> minibatch updates -> checkpoint.
 
 Follows CPPO (arXiv:2606.10968) section 4.1. Left out on purpose: KL to a reference model and an entropy bonus (the paper
-uses neither), and more than one pass over a rollout. What several processes share and split: `cppo.distributed`.
+uses neither), and more than one pass over a rollout. What several processes share and split: `cppo.training.distributed`.
 
 A run directory holds config.json and provenance.json (written first), metrics.jsonl (no clock, host or path: two runs on
 one machine are compared bit for bit), timings.jsonl, positions.jsonl, tokens.jsonl, state/ (to resume from),
@@ -26,10 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo.batches import Batch, Collector, Part, estimate
-from cppo.checkpoint import load_latest, save_state
-from cppo.config import RunConfig
-from cppo.critic import ValueModel, value_loss
 from cppo.diagnostics import (
     QUANTILES,
     Stopwatch,
@@ -40,17 +36,23 @@ from cppo.diagnostics import (
     probability_shift,
     token_metrics,
 )
-from cppo.distributed import Learner, gather, make_accelerator, start_trackers
-from cppo.files import read_json, whole_folder, write_whole, writing
-from cppo.interrupts import Interrupted, Terminated, enough_memory
 from cppo.loss import Metrics, batch_denominator, policy_loss
+from cppo.models.load import load_pretrained, load_tokenizer, save_pretrained
+from cppo.models.logprobs import statistics
 from cppo.objectives import Objective, Tokens, objective
 from cppo.objectives.divergence import CPPO
-from cppo.policy import load_pretrained, load_tokenizer, save_pretrained, statistics
-from cppo.problems import Problem
-from cppo.provenance import provenance
+from cppo.results.checkpoint import load_latest, save_state
+from cppo.results.provenance import provenance
 from cppo.rewards import Judge
-from cppo.rollout import Engine, EngineDied, Rollouts, engine
+from cppo.rollout.engines import engine
+from cppo.rollout.types import Engine, EngineDied, Rollouts
+from cppo.suite.config import RunConfig
+from cppo.system.files import read_json, whole_folder, write_whole, writing
+from cppo.system.interrupts import Interrupted, Terminated, enough_memory
+from cppo.tasks.types import Problem
+from cppo.training.batches import Batch, Collector, Part, estimate
+from cppo.training.critic import ValueModel, value_loss
+from cppo.training.distributed import Learner, gather, make_accelerator, start_trackers
 
 POSITION_BINS = 16
 """Bins of the drift by position over the longest response."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from cppo.config import Model, RunConfig, Setting, Suite
-from cppo.problems import VOCABULARY
+from cppo.suite.config import Model, RunConfig, Setting
+from cppo.suite.suite import Suite
+from cppo.tasks.chain import VOCABULARY
 
 PEAK = 989e12
 """Floating-point operations a second of one GPU: H100 SXM, dense bfloat16 (data sheet)."""

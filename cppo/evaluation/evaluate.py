@@ -22,13 +22,13 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
-from cppo.config import BaseConfig, MathTask, RunConfig, Scale, Task
-from cppo.files import write_whole
-from cppo.lm_task import judge
-from cppo.policy import load_tokenizer
-from cppo.prompts import encode
-from cppo.rollout import engine
-from cppo.seeds import uniforms
+from cppo.evaluation.lm_eval_task import judge
+from cppo.models.load import load_tokenizer
+from cppo.rollout.engines import engine
+from cppo.suite.config import BaseConfig, MathTask, RunConfig, Scale, Task
+from cppo.system.files import write_whole
+from cppo.system.seeds import uniforms
+from cppo.tasks.prompts import encode
 
 
 @dataclass(frozen=True)

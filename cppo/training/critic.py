@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cppo.policy import response_hidden
+from cppo.models.logprobs import response_hidden
 
 
 class ValueModel(nn.Module):

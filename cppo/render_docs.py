@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from cppo import advantages, divergences, laws, presets
-from cppo.objectives import names, spec
+from cppo import advantages, divergences
+from cppo.objectives import laws, names, spec
 from cppo.objectives.registry import Spec
+from cppo.suite import presets
 
 HEADER = """# Objectives
 

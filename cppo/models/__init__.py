@@ -1,0 +1,1 @@
+"""Causal language models: created, loaded, and asked for log-probabilities."""

@@ -1,0 +1,151 @@
+"""Rollouts: responses sampled from the frozen policy mu, with what was recorded of mu at sampling."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cppo.training.distributed import Learner
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rollout keeps of mu besides the sampled token's log-probability."""
+
+    top_k: int = 0
+    """K likeliest tokens of each position with their log-probabilities; 0 = none."""
+    full: bool = False
+    """The whole distribution (small vocabularies only)."""
+
+
+NOTHING = Record()
+"""Keep the sampled token's log-probability only."""
+"""Keep the sampled token's log-probability only."""
+ALONE = 0.9
+"""Share of a GPU's memory for an engine that no training shares it with."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B sampled responses, right-padded to T tokens. Log-probabilities are float32, after the temperature."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    """B prompts as token ids."""
+    responses: Tensor
+    """[B, T] int64 token ids; the end-of-sequence token belongs to the response."""
+    mask: Tensor
+    """[B, T] bool: sampled tokens."""
+    truncated: Tensor
+    """[B] bool: reached the longest length without an end-of-sequence token."""
+    logp: Tensor
+    """[B, T] log mu(y_t), 0 in padding."""
+    topk_ids: Tensor | None = None
+    """[B, T, K] int32, likeliest first."""
+    topk_logp: Tensor | None = None
+    """[B, T, K]."""
+    logp_all: Tensor | None = None
+    """[B, T, V]."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] response lengths in tokens."""
+        return self.mask.sum(-1)
+
+    def token_lists(self) -> list[list[int]]:
+        """B responses without their padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
+
+    def rows(self, index: Tensor) -> "Rollouts":
+        """These rows, trimmed to the longest of them."""
+        width = max(int(self.lengths[index].max()), 1)
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index, :width]
+
+        return Rollouts(
+            prompts=tuple(self.prompts[i] for i in index.tolist()),
+            responses=self.responses[index, :width],
+            mask=self.mask[index, :width],
+            truncated=self.truncated[index],
+            logp=self.logp[index, :width],
+            topk_ids=pick(self.topk_ids),
+            topk_logp=pick(self.topk_logp),
+            logp_all=pick(self.logp_all),
+        )
+
+    def to(self, device: torch.device | str) -> "Rollouts":
+        """The same on another device."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """All rows of all parts, padded to the longest."""
+    width = max(part.responses.shape[1] for part in parts)
+
+    def stack(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        return torch.cat([widen(value, width) for value in values])
+
+    responses, mask, logp = stack("responses"), stack("mask"), stack("logp")
+    assert responses is not None and mask is not None and logp is not None
+    return Rollouts(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        responses=responses,
+        mask=mask,
+        truncated=torch.cat([part.truncated for part in parts]),
+        logp=logp,
+        topk_ids=stack("topk_ids"),
+        topk_logp=stack("topk_logp"),
+        logp_all=stack("logp_all"),
+    )
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """x [B, T, ...] with zeros (False) up to `width` columns."""
+    return torch.cat([x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])], 1)
+
+
+class EngineDied(ValueError):
+    """An engine's process is gone."""
+
+
+class Engine(Protocol):
+    """Samples responses; in training one on every rank, for the rank's own prompts."""
+
+    separate: bool
+    """Whether it has weights of its own, which `sync` brings; else the caller sees to it that the policy's are whole."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float = 1.0,
+        record: Record = NOTHING,
+    ) -> Rollouts:
+        """One response a prompt, of at most T tokens.
+
+        uniforms: [B, T] in [0, 1), the sampling noise of each row and position, or what it is seeded from.
+        top_p: sample from the smallest set of tokens with at least this probability; the recorded log-probabilities
+        are those before this cut, NaN where an engine does not know them.
+        """
+        ...
+
+    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+        """Sample from the policy's present weights from now on; every rank must call it."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the accelerator to the updates until the next `sync`."""
+        ...
+
+    def close(self) -> None:
+        """End what runs outside this process."""
+        ...

@@ -1,0 +1,1 @@
+"""What touches the machine: atomic files, locks, signals, the hub, named seeds."""

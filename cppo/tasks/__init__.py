@@ -1,0 +1,1 @@
+"""Task families: problems with answers that a machine can check."""
