@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cppo.models.logprobs import TokenStatistics
+from cppo.models.logprobs import TokenLogprobsFunction
 
 VOCABULARY, WIDTH, K, TEMPERATURE = 151_936, 1024, 20, 0.9
 NAMES = ("logp", "entropy", "topk_logp", "hidden.grad", "weight.grad")
@@ -48,7 +48,7 @@ def full(hidden: Tensor, weight: Tensor, sampled: Tensor, ids: Tensor) -> tuple[
 
 def ours(hidden: Tensor, weight: Tensor, sampled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same in chunks."""
-    logp, entropy, _, topk = TokenStatistics.apply(hidden, weight, sampled, TEMPERATURE, ids, 0, False)
+    logp, entropy, _, topk = TokenLogprobsFunction.apply(hidden, weight, sampled, TEMPERATURE, ids, 0, False)
     return logp, entropy, topk
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from cppo.models.create import create_model, create_tokenizer
+from cppo.models.create import EOS, PAD, create_model, create_tokenizer
 from cppo.models.load import save_pretrained
-from cppo.models.logprobs import EOS, PAD
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.rollout.types import NOTHING, Record
+from cppo.rollout.types import SAMPLED_ONLY, Record
 from cppo.suite.suite import load_suite
 from cppo.system.seeds import uniforms
 from cppo.tasks.chain import make_problems
@@ -32,9 +31,9 @@ OUT = Path(__file__).with_suffix(".csv")
 
 def main() -> None:
     run = load_suite("config/mini.yaml").runs()[-1]
-    plan = run.plan.rollout
-    model = create_model(run.plan.model, run.setting).eval()
-    problems = make_problems(run.plan.task, run.setting)["train"]
+    plan = run.setting.rollout
+    model = create_model(run.setting.model, run.setting_name).eval()
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
     tokenizer = create_tokenizer()
     prompts = [tokenizer(p.question).input_ids for p in problems[: plan.prompts] for _ in range(plan.responses)]
     noise = uniforms(len(prompts), plan.max_response_tokens, "benchmark")
@@ -44,7 +43,7 @@ def main() -> None:
 
     sides: dict[str, Callable[[], int]] = {
         "transformers generate()": lambda: generate(model, prompts, plan.max_response_tokens),
-        "torch engine": lambda: ours(NOTHING),
+        "torch engine": lambda: ours(SAMPLED_ONLY),
         "torch engine, top-4 recorded": lambda: ours(Record(top_k=4)),
         "torch engine, all recorded": lambda: ours(Record(full=True)),
     }
@@ -66,7 +65,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "base", tokenizer)
-        short = run.model_copy(update={"plan": run.plan.model_copy(update={"iterations": 10})})
+        short = run.model_copy(update={"plan": run.setting.model_copy(update={"iterations": 10})})
         started = time.perf_counter()
         train(short, Path(folder) / "base", problems, Path(folder) / "run")
         seconds = round((time.perf_counter() - started) / 10, 2)

@@ -1,21 +1,22 @@
 """The command line: what every workflow rule calls, usable without Snakemake.
 
-    python -m cppo data      --suite config/mini.yaml --setting base     problems and lm-eval tasks
-    python -m cppo base      --suite config/mini.yaml --setting base     the warm start, or a published checkpoint
-    python -m cppo runs      --suite config/mini.yaml                    run ids
-    python -m cppo train     --suite config/mini.yaml --run ID           a run, or the rest of it
-    python -m cppo render    --suite config/paper.yaml --run ID          the verl command of a run
-    python -m cppo evaluate  runs/train/cppo/ID                          scores of a run's or a base model's checkpoints
-    python -m cppo collect   --suite config/mini.yaml                    tables in runs/mini/
-    python -m cppo publish   mini                                        check them and copy to results/mini/
-    python -m cppo show      ID                                          what a run's numbers come from
-    python -m cppo verify    results/mini                                do the tables follow from their rows?
-    python -m cppo check-suite config/mini.yaml                          is it valid?
-    python -m cppo plan      config/paper.yaml                           what does it cost?
-    python -m cppo objectives                                            every objective with its settings
-    python -m cppo check     my_module:my_objective                      does it keep the laws of every objective?
-    python -m cppo settings                                              every key of a suite
+    cppo data      --suite mini --setting base     problems and lm-eval tasks
+    cppo base      --suite mini --setting base     the warm start, or a published checkpoint
+    cppo runs      --suite mini                    run ids
+    cppo train     --suite mini --run ID           a run, or the rest of it
+    cppo render    --suite paper --run ID          the verl command of a run
+    cppo evaluate  runs/train/cppo/ID              scores of a run's or a base model's checkpoints
+    cppo collect   --suite mini                    tables in runs/mini/
+    cppo publish   mini                            check them and copy them to results/mini/
+    cppo show      ID                              what a run's numbers come from
+    cppo verify    mini                            do the tables in results/mini/ follow from their rows?
+    cppo check-suite mini                          is it valid?
+    cppo plan      paper                           what does it cost?
+    cppo objectives                                every objective with its parameters
+    cppo check     my_module:my_objective          does it keep the laws of every objective?
+    cppo schema                                    every key of a suite
 
+A suite is given by its name (config/NAME.yaml) or by its file. `python -m cppo` is the same as `cppo`.
 A user's mistake is one line on standard error and exit code 2.
 """
 
@@ -28,130 +29,128 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cppo.suite.config import MathTask, RunConfig, read_config
-from cppo.suite.suite import Suite, find_base, find_run, load_suite
-from cppo.system.files import write_whole
+from cppo.suite.suite import Suite, load_suite, suite_name
+from cppo.system.files import write_atomic
 from cppo.system.interrupts import TRY_AGAIN, Interrupted
 from cppo.system.lock import locked
 
-# Modules that need torch or lm-eval are imported in the command that uses them: most commands then start in a moment.
+# Modules that need transformers or lm-eval are imported in the command that uses them: most commands then start sooner.
 
 
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
-    from cppo.evaluation.lm_eval_task import write_task
-    from cppo.tasks.chain import make_problems
-    from cppo.tasks.prompts import wording
-    from cppo.tasks.published import load_problems
+    from cppo.evaluation.lm_eval_task import write_tasks
     from cppo.tasks.types import write_problems
 
-    base = find_base(_suite(args), args.setting)
-    folder, task, how = Path(args.root) / base.data, base.plan.task, base.evaluation
-    if isinstance(task, MathTask):
-        sets, report = load_problems(task)
-        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report, indent=1))
-    else:
-        sets = make_problems(task, base.setting)
+    base = _suite(args).base(args.setting)
+    folder = Path(args.root) / base.data
+    sets, report = base.setting.task.load(base.setting_name)
+    write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
     for name, problems in sets.items():
         write_problems(problems, folder / f"{name}.jsonl")
-    for benchmark in task.benchmarks:
-        write_task(
-            folder / "lm_eval",
-            benchmark.name,
-            folder / f"{benchmark.name}.jsonl",
-            wording(task, "{{question}}"),
-            how.samples,
-            how.temperature,
-            how.top_p,
-            base.plan.rollout.max_response_tokens,
-        )
+    write_tasks(folder / "lm_eval", base, lambda name: folder / f"{name}.jsonl")
 
 
 def base(args: argparse.Namespace) -> None:
     """Make the base model of a setting."""
+    from cppo.results.run_folder import RunFolder
     from cppo.tasks.types import read_problems
-    from cppo.training.base_model import published, warm_start
+    from cppo.training.base_model import make_base
 
-    config = find_base(_suite(args), args.setting)
+    config = _suite(args).base(args.setting)
     problems = read_problems(Path(args.root) / config.data / "train.jsonl")
-    folder = Path(args.root) / config.folder
-    make = warm_start if config.plan.warm_start else published
-    with locked(folder):
-        make(config, problems, folder)
+    folder = RunFolder(Path(args.root) / config.folder)
+    with locked(folder.path):
+        folder.check_numerics(restart=args.restart_outdated)
+        make_base(config, problems, folder.path)
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
     from cppo.models.load import load_tokenizer
-    from cppo.tasks.prompts import short_enough
+    from cppo.results.run_folder import RunFolder
     from cppo.tasks.types import read_problems
     from cppo.training.distributed import check_trackers, main_process
 
     suite, root = _suite(args), Path(args.root)
-    run = find_run(suite, args.run)
-    start = root / run.base.folder / "checkpoints" / "step-0"
+    run = suite.run(args.run)
+    base_folder, folder = RunFolder(root / run.base.folder), RunFolder(root / run.folder)
+    start = base_folder.checkpoint(0)
     if not start.is_dir():
-        raise ValueError(f"{start}: the base model is missing; `python -m cppo base --setting {run.setting}` makes it")
-    problems, folder = read_problems(root / run.base.data / "train.jsonl"), root / run.folder
-    problems = short_enough(run.plan.task, load_tokenizer(start), problems)
-    with locked(folder) if main_process() else nullcontext():
-        if run.plan.engine == "verl":
+        command = f"cppo base --suite {args.suite} --setting {run.setting_name}"
+        raise ValueError(f"{start}: the base model is missing; `{command}{_root(args)}` makes it")
+    base_folder.check_numerics()
+    problems = read_problems(root / run.base.data / "train.jsonl")
+    problems = run.setting.task.short_enough(load_tokenizer(start), problems)
+    with locked(folder.path) if main_process() else nullcontext():
+        if main_process():
+            folder.check_numerics(restart=args.restart_outdated)
+        if run.setting.trainer == "verl":
             from cppo.integrations.verl_launch import train as train_with_verl
 
-            resources = suite.asked(run.setting)
-            train_with_verl(run, resources, start, problems, folder, suite.report_to)
+            resources = suite.resources_of(run.setting_name)
+            train_with_verl(run, resources, start, problems, folder.path, suite.report_to)
         else:
-            from cppo.training.train import train as train_run
+            from cppo.training.run import train as train_run
 
             check_trackers(suite.report_to)
-            train_run(run, start, problems, folder, suite.report_to)
+            train_run(run, start, problems, folder.path, suite.report_to)
 
 
 def render(args: argparse.Namespace) -> None:
     """Print the command with which verl trains a run, and start nothing."""
     from cppo.integrations.verl_command import command
+    from cppo.results.run_folder import RunFolder
 
     suite, root = _suite(args), Path(args.root)
-    run = find_run(suite, args.run)
-    if run.plan.engine != "verl":
+    run = suite.run(args.run)
+    if run.setting.trainer != "verl":
         raise ValueError(
-            f"--run {args.run}: setting {run.setting} has not engine verl; `python -m cppo train` trains it"
+            f"--run {args.run}: setting {run.setting_name} does not have trainer verl; `cppo train --suite {args.suite} "
+            f"--run {args.run}{_root(args)}` trains it"
         )
-    start = root / run.base.folder / "checkpoints" / "step-0"
-    resources = suite.asked(run.setting)
+    start = RunFolder(root / run.base.folder).checkpoint(0)
+    resources = suite.resources_of(run.setting_name)
     print(shlex.join(command(run, resources, start, root / run.folder, suite.report_to)))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score all checkpoints in a run's or a base model's directory."""
     from cppo.evaluation.evaluate import evaluate as score
+    from cppo.results.run_folder import RunFolder
 
     folder = Path(args.folder)
-    config = read_config(folder)
-    data = config.base.data if isinstance(config, RunConfig) else config.data
+    RunFolder(folder).config()  # before the lock, which makes the directory
     with locked(folder):
-        score(config, folder, folder.resolve().parents[2] / data)
+        score(folder)
 
 
 def runs(args: argparse.Namespace) -> None:
     """List the suite's runs."""
     for run in _suite(args).runs():
-        print(f"{run.id}  {run.setting}  {run.label}  seed {run.seed}")
+        print(f"{run.id}  {run.setting_name}  {run.rule_name}  seed {run.seed}")
 
 
 def collect(args: argparse.Namespace) -> None:
     """Write the suite's tables to runs/<suite>/."""
     from cppo.results.tables import collect as write
 
-    write(_suite(args), Path(args.root), Path(args.root) / Path(args.suite).stem)
+    write(_suite(args), Path(args.root), Path(args.root) / suite_name(args.suite))
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Check a suite's tables and copy them to results/<suite>/."""
+    """Check a suite's tables and copy them, with the figures drawn from them, to results/<suite>/."""
     from cppo.results.tables import publish as copy
 
-    copy(Path(args.root) / args.name, Path(args.results) / args.name)
+    name = suite_name(args.suite)
+    target = Path(args.results) / name
+    names = copy(Path(args.root) / name, target)
+    print(f"{target}: {len(names)} files: {', '.join(names)}")
+    if any(file.startswith("figures/") for file in names):
+        print(f"next: `cppo verify {target}`, then commit the folder")
+    else:
+        print("there are no figures yet; next: `snakemake --cores all -F paper_figures` draws them")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -163,16 +162,27 @@ def show(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Recompute the hashes of published tables, and make the printed ones again from their rows."""
+    from cppo.numerics import NUMERICS_VERSION
+    from cppo.results.audit import published_numerics
     from cppo.results.audit import verify as derive
 
-    for line in derive(Path(args.folder)):
+    given = Path(args.suite)
+    folder = given if given.is_dir() else Path(args.results) / suite_name(args.suite)
+    for line in derive(folder):
         print(f"holds  {line}")
-    print(f"{args.folder}: verified")
+    version = published_numerics(folder)
+    if version == str(NUMERICS_VERSION):
+        print(f"{folder}: verified")
+    else:
+        print(
+            f"{folder}: the tables follow from their rows, but WARNING: the rows are of numerics version {version}, this code "
+            f"has version {NUMERICS_VERSION}: running the suite again gives other numbers"
+        )
 
 
 def check_suite(args: argparse.Namespace) -> None:
     """Check a suite's file."""
-    suite = _suite(args)
+    suite = load_suite(args.suite)
     print(f"{args.suite}: {len(suite.runs())} runs, {len(suite.bases())} base models")
 
 
@@ -180,11 +190,11 @@ def plan(args: argparse.Namespace) -> None:
     """Estimate what a suite costs: jobs, tokens, GPU hours, disk."""
     from cppo.suite.cost import report
 
-    print(report(_suite(args), Path(args.suite).stem, Path(args.results)), end="")
+    print(report(load_suite(args.suite), suite_name(args.suite), Path(args.results)), end="")
 
 
 def objectives(args: argparse.Namespace) -> None:
-    """Print every registered objective: what it is, its settings with defaults and meaning."""
+    """Print every registered objective: what it is, its parameters with defaults and meaning."""
     from cppo.render_docs import listing, markdown
 
     print(markdown() if args.markdown else listing(), end="")
@@ -214,56 +224,70 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def settings(args: argparse.Namespace) -> None:
+def schema(args: argparse.Namespace) -> None:
     """Print the JSON schema of a suite: every key with its type, default and meaning."""
     print(json.dumps(Suite.model_json_schema(), indent=1))
 
 
 def _suite(args: argparse.Namespace) -> Suite:
-    return load_suite(args.suite, tuple(getattr(args, "baseline", None) or ()))
+    return load_suite(args.suite, tuple(args.add_rule or ()))
+
+
+def _root(args: argparse.Namespace) -> str:
+    """How to repeat --root in a command, where it is not the default."""
+    return "" if args.root == ROOT else f" --root {shlex.quote(args.root)}"
+
+
+ROOT, RESULTS = "runs", "results"
+SUITE = "the suite: its name in config/, or its YAML file"
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    top = argparse.ArgumentParser("python -m cppo", description="Trust-region rules in LLM reinforcement learning.")
+    top = argparse.ArgumentParser("cppo", description="Trust-region rules in LLM reinforcement learning.")
     commands = top.add_subparsers(required=True, metavar="command")
 
     def add(function: Any, *arguments: str) -> argparse.ArgumentParser:
         name = function.__name__.replace("_", "-")
         command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
         command.set_defaults(function=function)
+        if "--suite" in arguments:
+            command.add_argument("--suite", default="mini", help=SUITE)
+            command.add_argument("--add-rule", action="append", metavar="JSON", help="one more rule, as in the suite")
         if "suite" in arguments:
-            command.add_argument("--suite", default="config/mini.yaml", help="the suite's YAML file")
-            command.add_argument("--baseline", action="append", help="one more objective entry, as JSON")
-            command.add_argument("--root", default="runs", help="where runs are kept")
+            command.add_argument("suite", help=SUITE)
+        if "--root" in arguments:
+            command.add_argument("--root", default=ROOT, help="where runs are kept")
+        if "--results" in arguments:
+            command.add_argument("--results", default=RESULTS, help="where published tables are kept")
+        if "--restart-outdated" in arguments:
+            command.add_argument(
+                "--restart-outdated",
+                action="store_true",
+                help="move what another numerics version made aside and start anew, instead of refusing it",
+            )
         return command
 
-    for function in (data, base):
-        add(function, "suite").add_argument("--setting", required=True, help="name of a setting of the suite")
-    for function in (train, render):
-        add(function, "suite").add_argument("--run", required=True, help="a run's id (see: runs)")
+    add(data, "--suite", "--root").add_argument("--setting", required=True, help="name of a setting of the suite")
+    command = add(base, "--suite", "--root", "--restart-outdated")
+    command.add_argument("--setting", required=True, help="name of a setting of the suite")
+    command = add(train, "--suite", "--root", "--restart-outdated")
+    command.add_argument("--run", required=True, help="a run's id (see: runs)")
+    add(render, "--suite", "--root").add_argument("--run", required=True, help="a run's id (see: runs)")
     add(evaluate).add_argument("folder", help="the directory, such as runs/train/cppo/ID")
-    for function in (runs, collect):
-        add(function, "suite")
-    command = add(publish)
-    command.add_argument("name", help="name of the suite")
-    command.add_argument("--root", default="runs", help="where runs are kept")
-    command.add_argument("--results", default="results", help="where published tables are kept")
-    command = add(show)
-    command.add_argument("run", help="a run's id, such as those in results/mini/runs.csv")
-    command.add_argument("--root", default="runs", help="where runs are kept")
-    command.add_argument("--results", default="results", help="where published tables are kept")
-    add(verify).add_argument("folder", help="the published tables, such as results/mini")
-    add(check_suite).add_argument("suite", help="the suite's YAML file")
-    command = add(plan)
-    command.add_argument("suite", help="the suite's YAML file")
-    command.add_argument("--results", default="results", help="where published tables are kept")
+    add(runs, "--suite")
+    add(collect, "--suite", "--root")
+    add(publish, "suite", "--root", "--results")
+    add(show, "--root", "--results").add_argument("run", help="a run's id, such as those in results/mini/runs.csv")
+    add(verify, "--results").add_argument("suite", help="the suite's name, or the folder of its published tables")
+    add(check_suite, "suite")
+    add(plan, "suite", "--results")
     command = add(objectives)
     command.add_argument("--markdown", action="store_true", help="as docs/objectives.md, with divergences and laws")
     command = add(check)
     command.add_argument("objective", help="a registered name, or my_module:my_objective")
-    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the objective")
-    add(settings)
+    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="a parameter of the objective")
+    add(schema)
     return top
 
 
@@ -274,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
         code: int | None = args.function(args)
+        sys.stdout.flush()  # here, where a closed pipe can still be told
     except ValueError as error:
         print(f"cppo: error: {error}", file=sys.stderr)
         return 2
@@ -283,6 +308,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cppo: interrupted; the same command continues from what is saved", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who read the output (`cppo runs | head`) has seen enough. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return code or 0
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from cppo.loss import Metrics
-from cppo.objectives import Objective, Reason, Tokens
-from cppo.objectives.divergence import CPPO, prefix_sums
+from cppo.objectives import Reason, Terms, Tokens
 from cppo.objectives.ratio import ratio
 
 
@@ -41,24 +40,19 @@ def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Metric
     }
 
 
-def token_metrics(objective: Objective, tokens: Tokens, entropy: Tensor) -> Metrics:
-    """Means over trained tokens, and CPPO's effective budget as a mean over responses.
+def token_metrics(tokens: Tokens, entropy: Tensor) -> Metrics:
+    """Means over trained tokens.
 
     relative_logprob_error: sum abs(log pi - log mu) / sum abs(log mu), over everything the iteration trained on.
     """
     mask = tokens.mask
     count = float(mask.sum())
     error = torch.where(mask, (tokens.logp.detach() - tokens.rollout_logp).abs(), 0)
-    metrics: Metrics = {
+    return {
         "entropy": (float(torch.where(mask, entropy, 0).sum()), count),
         "drift": (float(probability_shift(tokens).sum()), count),
         "relative_logprob_error": (float(error.sum()), float(torch.where(mask, tokens.rollout_logp.abs(), 0).sum())),
     }
-    if isinstance(objective.settings, CPPO) and objective.settings.delta_b is not None:
-        rows = mask.any(-1)
-        delta_b = prefix_sums(objective.settings, tokens).delta_b
-        metrics["delta_b"] = (float(torch.where(rows, delta_b, 0).sum()), float(rows.sum()))
-    return metrics
 
 
 def add(total: Metrics, part: Metrics) -> None:
@@ -119,38 +113,25 @@ def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float
 
 
 def by_token(
-    objective: Objective,
-    tokens: Tokens,
-    responses: Tensor,
-    rows: list[int],
-    decode: Callable[[list[int]], str],
-    count: int,
+    tokens: Tokens, terms: Terms, responses: Tensor, rows: list[int], decode: Callable[[list[int]], str], count: int
 ) -> list[dict[str, Any]]:
-    """The `count` responses with most masked tokens, token by token with CPPO's thresholds (the paper's Figure 3), as JSON.
+    """The `count` responses with most masked tokens, token by token with what the rule shows of each, as JSON.
 
-    rows: what to call the responses.
+    responses: [B, T] ids. rows: [B], what to call the responses. decode: the text of token ids.
     """
-    settings = objective.settings
-    assert isinstance(settings, CPPO)
-    detached = Tokens(tokens.logp.detach(), *(getattr(tokens, f) for f in list(Tokens.__annotations__)[1:]))
-    terms, sums = objective(detached), prefix_sums(settings, detached)
-    columns = {
-        "advantage": tokens.advantages,
-        "ratio": ratio(detached),
-        "weighted": sums.weighted,
-        "prefix_threshold": settings.delta + sums.allowed - sums.used,
-        "threshold": sums.threshold,
-        "reason": terms.reason,
-    }
-    lengths, masked = tokens.mask.sum(-1).tolist(), (terms.reason != int(Reason.KEPT)).sum(-1)
+    columns = {"advantage": tokens.advantages, "ratio": ratio(tokens).detach(), "reason": terms.reason}
+    if tokens.divergence is not None:
+        columns["divergence"] = tokens.divergence
+    columns |= {name: trace for name, trace in terms.traces.items() if trace.dim() == 2}
+    masked = (terms.reason != int(Reason.KEPT)).sum(-1)
     found = []
     for i in masked.argsort(descending=True, stable=True)[:count].tolist():
-        length = lengths[i]
-        if length == 0:
+        trained = tokens.mask[i]
+        if not bool(trained.any()):
             continue  # stands in for a rank without rows
-        texts = [decode([token]) for token in responses[i, :length].tolist()]
-        values = {name: x[i, :length].tolist() for name, x in columns.items()}
-        found.append({"row": rows[i], "delta": settings.delta, "token": texts, **values})
+        texts = [decode([token]) for token in responses[i][trained].tolist()]
+        values = {name: x[i][trained].tolist() for name, x in columns.items()}
+        found.append({"row": rows[i], "token": texts, **values})
     return found
 
 

@@ -6,13 +6,23 @@ Legend: B responses, T tokens, K top-K entries of mu, V vocabulary. q = mu, p = 
 They are ordered: binary <= top_k(replace) <= top_k(union) <= exact, for TV and for KL (data processing inequality).
 Values at padded positions are meaningless; the objectives ignore them.
 
+A suite names one of them by `divergence: {estimator: top_k, kind: tv, k: 20}`. One of your own is a function of what was
+recorded, registered with what the rollout must keep of mu:
+
+    @register(keeps="sampled", kinds=("tv",))
+    def half(seen: Recorded, kind: str) -> Tensor: ...       # divergence: {estimator: "my_module:half"}
+
 Source: CPPO (arXiv:2606.10968) section 2.3 and appendix D; DPPO (arXiv:2602.04879).
 """
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from cppo.system.plugins import Registry
 
 Kind = Literal["tv", "kl"]
 Support = Literal["union", "replace"]
@@ -109,3 +119,111 @@ def top_k(
 def exact(logp_all: Tensor, rollout_logp_all: Tensor, kind: Kind = "tv") -> Tensor:
     """Divergence over the whole vocabulary. logp_all, rollout_logp_all: [B, T, V] log-probabilities."""
     return _reduced(at_least_float32(logp_all).exp(), at_least_float32(rollout_logp_all).exp(), kind)
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an estimator sees of pi (now) and mu (as recorded at sampling), in nats. A field is None where it was not kept."""
+
+    tokens: Tensor
+    """int64 [B, T] sampled ids."""
+    logp: Tensor
+    """[B, T] log pi(y_t)."""
+    rollout_logp: Tensor
+    """[B, T] log mu(y_t)."""
+    topk_ids: Tensor | None = None
+    """[B, T, K] mu's K likeliest ids."""
+    topk_logp: Tensor | None = None
+    """[B, T, K] their log-probabilities under pi."""
+    rollout_topk_logp: Tensor | None = None
+    """[B, T, K] their log-probabilities under mu."""
+    logp_all: Tensor | None = None
+    """[B, T, V] pi."""
+    rollout_logp_all: Tensor | None = None
+    """[B, T, V] mu."""
+
+
+Keeps = Literal["sampled", "top_k", "full"]
+"""What a rollout keeps of mu: the sampled token's log-probability, also its K likeliest tokens, or the whole distribution."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A registered estimator: its function takes `Recorded`, the kind, and its further options by keyword."""
+
+    name: str
+    function: Callable[..., Tensor]
+    keeps: Keeps
+    kinds: tuple[str, ...]
+    options: tuple[str, ...]
+    """Names of further keys of a suite's `divergence` that it takes."""
+
+    def __call__(self, seen: Recorded, kind: str, **options: Any) -> Tensor:
+        """D_t [B, T]. Raises ValueError for a result of another shape."""
+        found = self.function(seen, kind, **options).detach()
+        if found.shape != seen.logp.shape:
+            raise ValueError(
+                f"divergence {self.name}: expected shape {tuple(seen.logp.shape)}, got {tuple(found.shape)}"
+            )
+        return found
+
+
+_REGISTRY: Registry[Estimator] = Registry("divergence estimator", "@divergences.register(...)")
+
+
+def register(keeps: Keeps, kinds: Iterable[str], options: Iterable[str] = ()) -> Callable[..., Callable[..., Tensor]]:
+    """Register an estimator under its function's name (without a leading underscore).
+
+    keeps: what the rollout must keep of mu. kinds: the kinds of divergence that it knows. options: further keys of a
+    suite's `divergence` that it takes by keyword, of `support`.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _REGISTRY.add(function, Estimator(function.__name__.lstrip("_"), function, keeps, tuple(kinds), tuple(options)))
+        return function
+
+    return decorate
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered estimators, sorted."""
+    return _REGISTRY.names()
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator called `name`, or the one at "module:function". Raises ValueError when there is none."""
+    return _REGISTRY.find(name)
+
+
+@register(keeps="sampled", kinds=("tv", "kl"))
+def _binary(seen: Recorded, kind: Kind) -> Tensor:
+    return binary(seen.logp, seen.rollout_logp, kind)
+
+
+@register(keeps="sampled", kinds=("k2", "k3"))
+def _sampled(seen: Recorded, kind: Literal["k2", "k3"]) -> Tensor:
+    return sampled(seen.logp, seen.rollout_logp, kind)
+
+
+@register(keeps="top_k", kinds=("tv", "kl"), options=("support",))
+def _top_k(seen: Recorded, kind: Kind, support: Support = "union") -> Tensor:
+    assert seen.topk_ids is not None and seen.topk_logp is not None and seen.rollout_topk_logp is not None
+    return top_k(
+        seen.logp,
+        seen.rollout_logp,
+        seen.topk_logp,
+        seen.rollout_topk_logp,
+        seen.topk_ids,
+        seen.tokens,
+        kind,
+        support,
+    )
+
+
+@register(keeps="full", kinds=("tv", "kl"))
+def _exact(seen: Recorded, kind: Kind) -> Tensor:
+    assert seen.logp_all is not None and seen.rollout_logp_all is not None
+    return exact(seen.logp_all, seen.rollout_logp_all, kind)

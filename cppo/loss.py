@@ -41,19 +41,29 @@ def policy_loss(
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator: {denominator} must be above 0")
     terms = objective(tokens)
-    per_token = -terms.gate * terms.surrogate  # [B, T], 0 at padding
-    length = tokens.mask.sum(-1)  # [B]
+    return reduce_terms(terms, tokens.mask, aggregation, horizon, denominator), loss_metrics(tokens, terms)
+
+
+def reduce_terms(
+    terms: Terms, mask: Tensor, aggregation: Aggregation, horizon: int | None, denominator: float | None
+) -> Tensor:
+    """One component of a loss: -gate x surrogate of its trained tokens, over its own denominator; see `policy_loss`.
+
+    A loss of several components (a policy loss, a distillation term) is the sum of what this gives for each one, with its
+    own mask [B, T] and denominator.
+    """
+    per_token = torch.where(mask, -terms.gate * terms.surrogate, 0)  # [B, T]
+    length = mask.sum(-1)  # [B]
     if aggregation == "seq-mean-token-mean":
         total = (per_token.sum(-1) / length.clamp(min=1)).sum()
     else:
         total = per_token.sum()
     if denominator is None:
-        denominator = max(batch_denominator(tokens.mask, aggregation), 1.0)  # an empty batch has loss 0, not NaN
+        denominator = max(batch_denominator(mask, aggregation), 1.0)  # an empty batch has loss 0, not NaN
     if aggregation == "seq-mean-token-sum-norm":
         assert horizon is not None
         denominator = denominator * horizon
-    loss = total if aggregation == "token-sum" else total / denominator
-    return loss, loss_metrics(tokens, terms)
+    return total if aggregation == "token-sum" else total / denominator
 
 
 def check_aggregation(aggregation: str, horizon: int | None) -> None:
@@ -74,10 +84,10 @@ def batch_denominator(mask: Tensor, aggregation: Aggregation) -> float:
 
 
 def loss_metrics(tokens: Tokens, terms: Terms) -> Metrics:
-    """Mask shares by cause, mean gate and mean divergence as (sum, count).
+    """Mask shares by cause, mean gate, mean divergence and the rule's own quantities by response, as (sum, count).
 
     mask_share: tokens with gate < 1 among trained tokens with a non-zero advantage; the parts by cause share that
-    denominator. divergence: over all trained tokens.
+    denominator. divergence: over all trained tokens. Traces [B]: over responses with trained tokens.
     """
     counted = tokens.mask & (tokens.advantages != 0)
     count = float(counted.sum())
@@ -89,4 +99,6 @@ def loss_metrics(tokens: Tokens, terms: Terms) -> Metrics:
     if tokens.divergence is not None:
         divergence = torch.where(tokens.mask, at_least_float32(tokens.divergence), 0)
         metrics["divergence"] = (float(divergence.sum()), float(tokens.mask.sum()))
+    rows = float(tokens.mask.any(-1).sum())
+    metrics |= {name: (float(trace.sum()), rows) for name, trace in terms.traces.items() if trace.dim() == 1}
     return metrics

@@ -39,13 +39,13 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def listing() -> str:
-    """Every registered objective for the terminal: what it is, its settings with defaults and meaning."""
+    """Every registered objective for the terminal: what it is, its parameters with defaults and meaning."""
     lines = []
     for found in map(spec, names()):
-        lines.append(f"{found.name}{'  (needs a divergence)' if found.divergence else ''}")
+        lines.append(f"{found.name}{_needs(found, '  (needs {})')}")
         lines.append(textwrap.indent(inspect.getdoc(found.function) or "", "    "))
-        described = field_docs(found.settings)
-        for field in dataclasses.fields(found.settings):
+        described = field_docs(found.params)
+        for field in dataclasses.fields(found.params):
             lines.append(f"      {field.name} = {json.dumps(field.default)}  {described[field.name]}")
         lines.append("")
     return "\n".join(lines)
@@ -67,13 +67,18 @@ def markdown() -> str:
 
 def _objective(found: Spec) -> str:
     text = [f"## {found.name}\n", _paragraphs(inspect.getdoc(found.function))]
-    if found.divergence:
-        text.append("Needs a divergence.\n")
-    fields, hints, described = dataclasses.fields(found.settings), _hints(found.settings), field_docs(found.settings)
+    text += [line for line in [_needs(found, "Needs {}.\n")] if line]
+    fields, hints, described = dataclasses.fields(found.params), _hints(found.params), field_docs(found.params)
     if not fields:
-        return "\n".join([*text, "No settings.\n"])
+        return "\n".join([*text, "No parameters.\n"])
     table = [(f"`{f.name}`", hints[f.name], f"`{json.dumps(f.default)}`", described[f.name]) for f in fields]
-    return "\n".join([*text, _table(("setting", "type", "default", "meaning"), table)])
+    return "\n".join([*text, _table(("parameter", "type", "default", "meaning"), table)])
+
+
+def _needs(found: Spec, text: str) -> str:
+    """What the objective needs with its defaults, put into `text`; nothing for none."""
+    needs = sorted(found.needs_of(found.params()))
+    return text.format("a " + " and a ".join(needs)) if needs else ""
 
 
 def _hints(cls: type) -> dict[str, str]:

@@ -109,18 +109,18 @@ class Results:
         """The suite's objective entry of that label."""
         return dict(next(entry for entry in self.suite["objectives"] if entry["name"] == label))
 
-    def settings_of(self, label: str, setting: str) -> dict[str, Any]:
+    def params_of(self, label: str, setting: str) -> dict[str, Any]:
         """An objective's settings in one setting of the suite, its defaults filled in where the objective is known."""
         from dataclasses import asdict
 
-        from cppo.objectives import settings_of
+        from cppo.objectives import params_of
 
         entry = self.entry(label)
-        given = {**entry.get("settings", {}), **entry.get("by_setting", {}).get(setting, {})}
+        given = {**entry.get("settings", {}), **entry.get("params_by_setting", {}).get(setting, {})}
         if given.get("span") == "max_response_tokens":  # as a suite may say it; see cppo.suite.config
             given["span"] = self.suite["settings"][setting]["rollout"]["max_response_tokens"]
         try:
-            return asdict(settings_of(entry["objective"], **given))
+            return asdict(params_of(entry["objective"], **given))
         except ValueError:  # an objective of the user's whose module is not at hand
             return given
 

@@ -71,7 +71,7 @@ def thresholds(ax: Axes, results: Results, setting: str, length: int) -> None:
         entry = results.entry(label)
         if entry["objective"] not in ("dppo", "cppo") or (entry.get("divergence") or {}).get("kind") != "tv":
             continue
-        settings = results.settings_of(label, setting)
+        settings = results.params_of(label, setting)
         if settings.get("shuffle"):
             continue
         span = settings.get("span") or length

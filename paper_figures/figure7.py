@@ -31,7 +31,7 @@ def draw(results: Results, out: Path) -> None:
             look = results.look(label)
             for ax, values in ((top, budget), (bottom, share)):
                 line(ax, x, values, look, spread(results, values, setting, label, "budget"), lost, markers=False)
-            rule = results.settings_of(label, setting)
+            rule = results.params_of(label, setting)
             limits = [1.0, rule["clamp_factor"]] if rule["adaptive"] else []
             for factor in limits:
                 if factor == 1 or np.nanmax(budget, initial=0) > 0.9 * factor * rule["delta_b"]:

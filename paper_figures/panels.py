@@ -168,7 +168,7 @@ def ablation(results: Results, item: str, out: Path) -> None:
 
 def _told_apart(results: Results, label: str, setting: str, values: bool) -> str:
     """The name, with the settings that the panel varies when `values`."""
-    settings = results.settings_of(label, setting) if values else {}
+    settings = results.params_of(label, setting) if values else {}
     if "w_min" not in settings:
         return results.name(label)
     fixed = "" if settings["adaptive"] else ", fixed"

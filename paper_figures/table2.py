@@ -59,7 +59,7 @@ def draw(results: Results, out: Path) -> None:
 def facts(results: Results, label: str) -> dict[str, str]:
     """The row of one objective."""
     entry = results.entry(label)
-    each = [results.settings_of(label, setting) for setting in results.suite["settings"]]
+    each = [results.params_of(label, setting) for setting in results.suite["settings"]]
     words = {"divergence": divergence(entry.get("divergence"))}
     if entry["objective"] == "cppo":
         words |= cppo_words(each[0])

@@ -66,7 +66,7 @@ def thresholds(results: Results, setting: str) -> dict[str, Any]:
     for objective in ("cppo", "dppo"):
         labels = [entry["name"] for entry in entries if entry["objective"] == objective]
         if labels:
-            return results.settings_of(objective if objective in labels else labels[0], setting)
+            return results.params_of(objective if objective in labels else labels[0], setting)
     return {}
 
 

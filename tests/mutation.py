@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant("rloo: G over G", ADVANTAGES, "/ (count - 1).clamp(min=1)\n    return (factor",
            "/ count.clamp(min=1)\n    return (factor", ADVANTAGE_TESTS),
     Mutant("gpg: counts zeros", ADVANTAGES, "((rewards != 0) & judged)", "judged", ADVANTAGE_TESTS),
-    Mutant("gae without lambda", ADVANTAGES, "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage",
+    Mutant("gae without lambda", ADVANTAGES, "delta + gamma * gae_lambda * next_advantage", "delta + gamma * next_advantage",
            ADVANTAGE_TESTS),
     Mutant("gae without the next value", ADVANTAGES, " + gamma * next_value - values", " - values", ADVANTAGE_TESTS),
     Mutant("gae: holes end a response", ADVANTAGES, "torch.where(valid, advantage, next_advantage)",

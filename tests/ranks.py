@@ -45,8 +45,8 @@ def main(path: str, base: str, out: str, *entries: str) -> None:
     for entry in entries:
         name, _, stop = entry.partition("@")
         Stopping.iteration_to_stop = int(stop or 0)
-        run = next(run for run in suite.runs() if f"{run.setting}/{run.label}" == name)
-        problems = make_problems(run.plan.task, run.setting)["train"]
+        run = next(run for run in suite.runs() if f"{run.setting_name}/{run.rule_name}" == name)
+        problems = make_problems(run.setting.task, run.setting_name)["train"]
         try:
             train(run, Path(base), problems, Path(out) / name, suite.report_to)
         except Interrupted:

@@ -156,31 +156,31 @@ def test_centred_advantages_sum_to_zero(batch: tuple[list[list[float]], int]) ->
 # Tokens ---------------------------------------------------------------------------------------------------------------
 
 
-def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Any, Any]:
-    """The definition: A_t = sum over later trained tokens k of (gamma lam)^k delta, with only trained tokens in the row."""
+def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Any, Any]:
+    """The definition: A_t = sum over later trained tokens k of (gamma gae_lambda)^k delta, with only trained tokens in the row."""
     advantages, returns = torch.zeros_like(values).tolist(), torch.zeros_like(values).tolist()
     for b in range(mask.shape[0]):
         at = [t for t in range(mask.shape[1]) if mask[b, t]]
         v = [float(values[b, t]) for t in at] + [0.0]
         delta = [float(rewards[b, t]) + gamma * v[i + 1] - v[i] for i, t in enumerate(at)]
         for i, t in enumerate(at):
-            advantages[b][t] = sum((gamma * lam) ** k * d for k, d in enumerate(delta[i:]))
+            advantages[b][t] = sum((gamma * gae_lambda) ** k * d for k, d in enumerate(delta[i:]))
             returns[b][t] = advantages[b][t] + v[i]
     return advantages, returns
 
 
 @given(batches(), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
-def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float) -> None:
+def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, gae_lambda: float) -> None:
     rewards, values, mask = batch
-    advantages, returns = gae(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, lam)
-    slow_advantages, slow_returns = slow_gae(rewards, values, mask, gamma, lam)
+    advantages, returns = gae(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, gae_lambda)
+    slow_advantages, slow_returns = slow_gae(rewards, values, mask, gamma, gae_lambda)
     same(advantages, slow_advantages)
     same(returns, slow_returns)
 
 
 @given(batches())
 def test_undiscounted_returns_of_an_outcome_are_the_outcome(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """gamma = lam = 1 and a reward at the last trained token: the return of each token is R, whatever the values."""
+    """gamma = gae_lambda = 1 and a reward at the last trained token: the return of each token is R, whatever the values."""
     rewards, values, mask = batch
     _, returns = gae(at_last_token(rewards[:, 0], mask), values, mask, 1.0, 1.0)
     same(returns, torch.where(mask, rewards[:, :1], 0).tolist())
@@ -284,10 +284,10 @@ def test_stored_reinforce_pp() -> None:
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.95])
-def test_stored_gae(lam: float) -> None:
+def test_stored_gae(gae_lambda: float) -> None:
     """The critic's values are stored to 7 decimals, the advantages are whitened over the batch, the returns are not."""
     mask, stored = fixture_mask(), VECTORS[f"gae_lam{lam}"]
-    raw, returns = gae(at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, lam)
+    raw, returns = gae(at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, gae_lambda)
     white = whiten(raw, mask)
     same(white[0], stored["adv_row0"], rtol=0, atol=3e-7)
     same(white[2, :3], stored["adv_row2"][:3], rtol=0, atol=3e-7)

@@ -18,7 +18,7 @@ from cppo.rollout.types import concatenate
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import load_suite
 from cppo.tasks.chain import make_problems
-from cppo.training.batches import Collector, Sampled
+from cppo.training.batches import BatchBuilder, GradedRollouts
 from cppo.training.distributed import Learner, make_accelerator
 
 
@@ -32,11 +32,11 @@ def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
     return run_of(load_suite(path), "x")
 
 
-def collector(run: RunConfig) -> Collector:
-    problems = make_problems(run.plan.task, run.setting)["train"]
-    model, plan = create_model(run.plan.model, run.setting), run.plan.optimizer
+def collector(run: RunConfig) -> BatchBuilder:
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    model, plan = create_model(run.setting.model, run.setting_name), run.setting.optimizer
     policy = Learner(make_accelerator(None), model, plan.lr, plan)
-    return Collector(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch(), TorchEngine(model))
+    return BatchBuilder(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch(), TorchEngine(model))
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +97,14 @@ def test_overlong_shaping_lowers_rewards_near_the_limit_only(tmp_path: Path) -> 
     assert bool((lengths > 14).any()) and bool((lengths < 14).any())
 
 
-def flat(sampled: Sampled) -> int:
+def flat(sampled: GradedRollouts) -> int:
     return int(zero_variance(sampled.rewards, 4)[::4].sum())
 
 
 def test_dynamic_sampling_replaces_flat_groups_while_it_may(tmp_path: Path) -> None:
     """Every replacement is a later prompt with variance; informative groups stay; the number of prompts is kept."""
-    plain = collector(run_with(tmp_path, {"objective": "grpo"})).gather(1)
-    more = collector(run_with(tmp_path, {"objective": "grpo"}, resample=3)).gather(1)
+    plain = collector(run_with(tmp_path, {"objective": "grpo"})).collect(1)
+    more = collector(run_with(tmp_path, {"objective": "grpo"}, resample=3)).collect(1)
     assert flat(plain) > flat(more) >= 0
     assert len(more.rewards) == len(plain.rewards) == len(more.problems)
     informative = ~zero_variance(plain.rewards, 4)

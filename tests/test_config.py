@@ -109,7 +109,7 @@ def refusal(path: Path) -> str:
 
 def ids(suite: Suite) -> dict[tuple[str, int], str]:
     """(label, seed) -> run id, of the one setting."""
-    return {(run.label, run.seed): run.id for run in suite.runs()}
+    return {(run.rule_name, run.seed): run.id for run in suite.runs()}
 
 
 # What loads -----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def ids(suite: Suite) -> dict[tuple[str, int], str]:
 def test_committed_suites_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is valid, has a run for every setting, objective and seed, and no two runs are the same."""
     suite = load_suite(path)
-    assert len(suite.runs()) == len(suite.settings) * len(suite.objectives) * len(suite.seeds)
+    assert len(suite.runs()) == len(suite.settings) * len(suite.rules) * len(suite.seeds)
     assert len({run.id for run in suite.runs()}) == len({run.folder for run in suite.runs()}) == len(suite.runs())
     assert main(["check-suite", str(path)]) == 0
     assert f"{len(suite.runs())} runs" in capsys.readouterr().out
@@ -165,10 +165,10 @@ def test_equal_runs_have_equal_ids(tmp_path: Path) -> None:
 
 
 def test_settings_of_one_setting_are_those_settings(tmp_path: Path) -> None:
-    """`by_setting` wins over `settings`, and the run is the one that has the value in `settings`."""
+    """`params_by_setting` wins over `settings`, and the run is the one that has the value in `settings`."""
     direct = changed(("objectives", 5, "settings"), {"delta": 0.07, "w_min": 0.5})
     override = changed(("objectives", 5, "settings"), {"delta": 0.05, "w_min": 0.5})
-    override["objectives"][5]["by_setting"] = {"tiny": {"delta": 0.07}}
+    override["objectives"][5]["params_by_setting"] = {"tiny": {"delta": 0.07}}
     one, two = (ids(load_suite(save(tmp_path, raw))) for raw in (direct, override))
     assert one == two != ids(load_suite(save(tmp_path, example())))
 
@@ -325,12 +325,16 @@ VALUES: list[tuple[Keys, Any, str]] = [
         "objectives.cppo.settings.span: 23 is shorter than rollout.max_response_tokens",
     ),
     ((*CPPO, "settings"), {"span": 24.0}, "objectives.cppo.settings.span"),
-    ((*CPPO, "by_setting"), {"nope": {}}, "objectives.cppo.by_setting.nope: no such setting"),
-    ((*CPPO, "by_setting"), {"../tiny": {}}, "objectives.5.by_setting.../tiny"),
-    ((*CPPO, "by_setting"), {"tiny": {"delt": 1.0}}, "objectives.cppo.by_setting.tiny.delt: unknown setting"),
-    ((*CPPO, "by_setting"), {"tiny": {"delta": "a"}}, "objectives.cppo.by_setting.tiny.delta"),
-    ((*CPPO, "by_setting"), {"tiny": {"delta": -1.0}}, "objectives.cppo.by_setting.tiny.delta"),
-    ((*CPPO, "by_setting"), {"tiny": 1}, "objectives.5.by_setting.tiny"),
+    ((*CPPO, "params_by_setting"), {"nope": {}}, "objectives.cppo.params_by_setting.nope: no such setting"),
+    ((*CPPO, "params_by_setting"), {"../tiny": {}}, "objectives.5.params_by_setting.../tiny"),
+    (
+        (*CPPO, "params_by_setting"),
+        {"tiny": {"delt": 1.0}},
+        "objectives.cppo.params_by_setting.tiny.delt: unknown setting",
+    ),
+    ((*CPPO, "params_by_setting"), {"tiny": {"delta": "a"}}, "objectives.cppo.params_by_setting.tiny.delta"),
+    ((*CPPO, "params_by_setting"), {"tiny": {"delta": -1.0}}, "objectives.cppo.params_by_setting.tiny.delta"),
+    ((*CPPO, "params_by_setting"), {"tiny": 1}, "objectives.5.params_by_setting.tiny"),
     ((*CPPO, "divergence"), DELETE, "objectives.cppo.divergence: objective cppo needs one"),
     ((*CPPO, "divergence"), None, "objectives.cppo.divergence: objective cppo needs one"),
     ((*GRPO, "divergence"), {"estimator": "binary"}, "objectives.grpo.divergence: objective grpo uses none"),

@@ -25,7 +25,7 @@ from cppo.suite.suite import Suite, load_suite
 from cppo.tasks.chain import make_problems
 from cppo.training.critic import ValueModel
 from cppo.training.distributed import check_trackers, make_accelerator, own
-from cppo.training.train import Measured, Trainer, train
+from cppo.training.train import StepMetrics, Trainer, train
 
 # prompts, prompts a minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
 # none. A minibatch of 1 prompt leaves the first rank without a row in every update.
@@ -59,16 +59,16 @@ def suite_in(folder: Path) -> Suite:
 
 
 def find(suite: Suite, name: str) -> RunConfig:
-    return next(run for run in suite.runs() if f"{run.setting}/{run.label}" == name)
+    return next(run for run in suite.runs() if f"{run.setting_name}/{run.rule_name}" == name)
 
 
 def alone(run: RunConfig, scale: Scale | None = None) -> RunConfig:
     """The run with another scale; None = one process, whole minibatches, float32."""
-    return run.model_copy(update={"plan": run.plan.model_copy(update={"scale": scale})})
+    return run.model_copy(update={"plan": run.setting.model_copy(update={"scale": scale})})
 
 
 def train_here(run: RunConfig, base: Path, folder: Path) -> None:
-    train(run, base, make_problems(run.plan.task, run.setting)["train"], folder)
+    train(run, base, make_problems(run.setting.task, run.setting_name)["train"], folder)
 
 
 class Stopped(Exception):
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """suite.yaml and base/, an untrained model."""
     folder = tmp_path_factory.mktemp("ranks")
     suite = suite_in(folder)
-    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder / "base", create_tokenizer())
+    save_pretrained(create_model(suite.bases()[0].setting.model, "tiny"), folder / "base", create_tokenizer())
     return folder
 
 
@@ -213,9 +213,9 @@ def trainer_of(run: RunConfig, base: Path, folder: Path, checkpointing: bool = F
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
-    critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
-    problems = make_problems(run.plan.task, run.setting)["train"]
-    accelerator = make_accelerator(run.plan.scale)
+    critic = ValueModel(load_pretrained(base)) if run.rule.advantage == "gae" else None
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    accelerator = make_accelerator(run.setting.scale)
     return Trainer(
         run, folder, problems, policy, load_tokenizer(base), critic, Judge(), accelerator, TorchEngine(policy)
     )
@@ -223,8 +223,8 @@ def trainer_of(run: RunConfig, base: Path, folder: Path, checkpointing: bool = F
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Of the first minibatch, policy's and critic's."""
-    batch = trainer.collector.batch(1, trainer.collector.gather(1))
-    trainer.update(batch, 0, Measured({}))
+    batch = trainer.builder.batch(1, trainer.builder.collect(1))
+    trainer.update(batch, 0, StepMetrics({}))
     modules = {"policy": trainer.policy, "critic": trainer.critic}
     found = {f"{k}.{n}": p.grad for k, m in modules.items() if m is not None for n, p in m.named_parameters()}
     assert all(grad is not None for grad in found.values())
@@ -246,9 +246,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder: Path,
     found, passes = {}, {}
     for checkpointing in (False, True):
         trainer, count = trainer_of(run, folder / "base", tmp_path, checkpointing), []
-        batch = trainer.collector.batch(1, trainer.collector.gather(1))
+        batch = trainer.builder.batch(1, trainer.builder.collect(1))
         trainer.policy.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.append(1))
-        trainer.update(batch, 0, Measured({}))
+        trainer.update(batch, 0, StepMetrics({}))
         found[checkpointing] = [p.grad for p in trainer.policy.parameters()]
         passes[checkpointing] = len(count)
     assert passes == {False: 1, True: 2}
@@ -274,11 +274,11 @@ def test_bfloat16_computes_in_half_and_keeps_masters_log_probabilities_and_loss_
     for scale in (None, Scale(precision="bfloat16")):
         AcceleratorState._reset_state(reset_partial_state=True)
         trainer = trainer_of(alone(run, scale), folder / "base", tmp_path)
-        batch = trainer.collector.batch(1, trainer.collector.gather(1))
+        batch = trainer.builder.batch(1, trainer.builder.collect(1))
         hidden: list[torch.dtype] = []
         layer = trainer.policy.model.layers[0].mlp.up_proj
         layer.register_forward_hook(lambda module, x, y, hidden=hidden: hidden.append(y.dtype))
-        trainer.update(batch, 0, Measured({}))
+        trainer.update(batch, 0, StepMetrics({}))
         tensors = [*trainer.policy.parameters(), *trainer.actor.optimizer_state().values()]
         assert {x.dtype for x in tensors} == {torch.float32}
         assert seen["logp"].dtype == seen["loss"].dtype == batch.rollouts.logp.dtype == torch.float32
@@ -295,7 +295,7 @@ def test_shares_of_ranks_are_neighbours_and_cover_everything() -> None:
 
     for count in range(9):
         for world in (1, 2, 3, 5):
-            shares = [own(Rank(rank, world), count) for rank in range(world)]  # type: ignore[arg-type]
+            shares = [rank_slice(Rank(rank, world), count) for rank in range(world)]  # type: ignore[arg-type]
             assert [i for share in shares for i in share] == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -305,7 +305,7 @@ def test_tensorboard_gets_every_iteration_and_changes_no_file(folder: Path, tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
-    problems, tracked = make_problems(run.plan.task, run.setting)["train"], tmp_path / "tracked"
+    problems, tracked = make_problems(run.setting.task, run.setting_name)["train"], tmp_path / "tracked"
     train(run, folder / "base", problems, tracked, ("tensorboard",))
     train(run, folder / "base", problems, tmp_path / "plain")
     assert (tracked / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()

@@ -27,7 +27,7 @@ def test_the_page_is_complete() -> None:
         section = PAGE.split(f"\n## {name}\n")[1].split("\n#")[0]
         assert "Source:" in section, name
         assert ("Needs a divergence." in section) == spec(name).divergence
-        for field in dataclasses.fields(spec(name).settings):
+        for field in dataclasses.fields(spec(name).params):
             assert f"| `{field.name}` |" in section, (name, field.name)
     for entry in PRESETS:
         assert f"| `{entry}` |" in PAGE
@@ -46,7 +46,7 @@ def test_tables_have_equal_columns() -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_setting_and_rule_is_documented(name: str) -> None:
     """A sentence below every setting; what the rule is and its source in the docstring."""
-    assert all(field_docs(spec(name).settings).values())
+    assert all(field_docs(spec(name).params).values())
     assert re.search(r"Source: .*\S", spec(name).function.__doc__ or "")
 
 
@@ -57,7 +57,7 @@ def test_objectives_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
     assert tuple(blocks) == names()
     for name, block in blocks.items():
         assert "Source:" in block and ("(needs a divergence)" in block) == spec(name).divergence
-        for field in dataclasses.fields(spec(name).settings):
+        for field in dataclasses.fields(spec(name).params):
             assert f"      {field.name} = " in block, (name, field.name)
 
 

@@ -58,7 +58,7 @@ def test_a_row_a_problem_with_all_samples(scored: tuple[BaseConfig, Path, Path])
     rows = read_scores(folder / "scores.csv")
     assert [sum(r.benchmark == name for r in rows) for name in ("one", "two")] == [12, 6]
     assert len({(r.benchmark, r.problem) for r in rows}) == 18
-    assert all(r.samples == 16 and 0 <= r.correct <= 16 and r.run == config.id and r.label == "base" for r in rows)
+    assert all(r.samples == 16 and 0 <= r.correct <= 16 and r.run == config.id and r.rule_name == "base" for r in rows)
     assert any(0 < r.correct < 16 for r in rows), "one repeat counted 16 times would give 0 or 16 only"
 
 

@@ -25,7 +25,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "grpo": {},
     "cispo": {},
     "dppo": {"settings": {"delta": 0.15}, "divergence": TV},
-    "cppo": {"settings": {"delta_b": 0.02}, "divergence": TV, "by_setting": {"moe": {"delta": 0.2}}},
+    "cppo": {"settings": {"delta_b": 0.02}, "divergence": TV, "params_by_setting": {"moe": {"delta": 0.2}}},
     "mine": {"objective": "my_module:mine", "settings": {"limit": 0.1}},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def entries(ablations: bool) -> list[dict[str, Any]]:
             entry["divergence"] = binary if "binary" in name else {**TV, "kind": "kl" if name.endswith("kl") else "tv"}
     blank: dict[str, Any] = {
         "settings": {},
-        "by_setting": {},
+        "params_by_setting": {},
         "divergence": None,
         "advantage": "grpo",
         "aggregation": "token-mean",

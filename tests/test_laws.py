@@ -244,7 +244,7 @@ class Unguarded(Objective):
 
 
 def test_laws_about_padding_can_fail() -> None:
-    found = check(Unguarded(spec("pg"), objective("pg").settings))
+    found = check(Unguarded(spec("pg"), objective("pg").params))
     assert found[NO_GRADIENT] == "padding has a gradient" and found[EMPTY] is not None and found[PADDING] is not None
 
 
@@ -273,11 +273,11 @@ from cppo.objectives.ratio import hard_gate, log_ratio
 
 @dataclass(frozen=True)
 class Halt:
-    """Settings of `halt`."""
+    """Parameters of `halt`."""
     limit: float = 0.1
     """Largest log-ratio, in either direction."""
     sign: int = 1
-    """-1 = descend."""
+    """-1 = optimizer_step."""
 
 @register()
 def halt(cfg: Halt, tokens: Tokens) -> Terms:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cppo.loss import Aggregation, batch_denominator, policy_loss
-from cppo.objectives import Terms, Tokens, names, objective, register, settings_of, spec
+from cppo.objectives import Terms, Tokens, names, objective, register, params_of, spec
 
 HORIZON = 20
 
@@ -301,7 +301,7 @@ def test_trm_needs_a_criterion() -> None:
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     """And an int where a float is expected, which is what YAML gives for `cap: 20`."""
-    settings = settings_of("cppo", w_min=1.0, quantile=1.0, clamp_factor=1.0, span=1, cap=20, delta_b=None)
+    settings = params_of("cppo", w_min=1.0, quantile=1.0, clamp_factor=1.0, span=1, cap=20, delta_b=None)
     assert (settings.w_min, settings.cap, settings.delta_b) == (1.0, 20, None)
 
 
@@ -343,7 +343,7 @@ def test_settings_must_be_a_frozen_dataclass() -> None:
 def test_settings_are_frozen() -> None:
     rule = objective("cppo")
     with pytest.raises(AttributeError, match="cannot assign to field 'delta'"):
-        rule.settings.delta = 1.0
+        rule.params.delta = 1.0
 
 
 def test_names_are_taken_once() -> None:

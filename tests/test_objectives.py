@@ -29,7 +29,7 @@ def check_against_loop(name: str, settings: dict[str, Any], tokens: Tokens) -> C
     surrogate, gate = torch.zeros_like(tokens.logp), torch.ones_like(tokens.logp)
     reason, expected_grad = torch.zeros_like(tokens.mask, dtype=torch.int64), torch.zeros_like(tokens.logp)
     for i, (columns, row) in enumerate(read(tokens)):
-        for t, one in zip(columns, LOOPS[name](row, **vars(rule.settings)), strict=True):
+        for t, one in zip(columns, LOOPS[name](row, **vars(rule.params)), strict=True):
             surrogate[i, t], gate[i, t], reason[i, t] = one.surrogate, one.gate, one.reason
             expected_grad[i, t] = -one.gate * one.weight
     assert torch.equal(terms.reason, reason)
@@ -77,7 +77,7 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 def test_every_rule_has_a_loop_and_every_setting_a_range() -> None:
     assert set(names()) == set(LOOPS) == set(SETTINGS)
     for name in names():
-        assert set(vars(objective(name).settings)) == set(SETTINGS[name]), name
+        assert set(vars(objective(name).params)) == set(SETTINGS[name]), name
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -132,7 +132,7 @@ def test_cppo_variant_is_its_loop(variant: str) -> None:
 
 def test_adaptive_budgets_are_at_the_floor_between_and_at_the_ceiling() -> None:
     rule = objective("cppo", delta=0.06)
-    delta_b = prefix_sums(rule.settings, padded_like(MANY)).delta_b
+    delta_b = prefix_sums(rule.params, padded_like(MANY)).delta_b
     expected = [budget(row, 0.02, True, 0.9, 2.0) if row else 0.02 for _, row in read(MANY)]
     torch.testing.assert_close(delta_b, torch.tensor(expected, dtype=torch.float64), atol=ATOL, rtol=0)
     between = (delta_b > 0.02) & (delta_b < 0.04)
@@ -143,7 +143,7 @@ def test_adaptive_budgets_are_at_the_floor_between_and_at_the_ceiling() -> None:
 def test_the_batch_notices_which_tokens_enter_the_prefix(wrong: str) -> None:
     """Sums over fewer tokens than all give other reasons, in at least two responses of this batch."""
     kept_only = wrong == "only kept tokens"
-    settings = vars(objective("cppo", delta=0.06, adaptive=False).settings)
+    settings = vars(objective("cppo", delta=0.06, adaptive=False).params)
     differ = 0
     for _, row in read(MANY):
         right = [one.reason for one in cppo_loop(row, **settings)]
@@ -183,7 +183,7 @@ PAPER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", names())
 def test_defaults_are_the_papers(name: str) -> None:
     """CPPO (arXiv:2606.10968) Table 3 for a dense Base model, and each baseline's paper or release."""
-    assert vars(objective(name).settings) == PAPER[name]
+    assert vars(objective(name).params) == PAPER[name]
 
 
 # Ties. Dyadic numbers make every sum exact in float32.
@@ -244,8 +244,8 @@ def test_soft_gate_is_below_one_where_rounding_hides_the_excess() -> None:
         divergence = 0.03 * torch.rand(1, 200, generator=g)
         for t in range(1, 200):  # put every token on its threshold, then a hair above
             tokens = tie(divergence[0].tolist())
-            threshold = prefix_sums(hard.settings, padded_like(tokens)).threshold
-            weight = prefix_sums(hard.settings, padded_like(replace(tokens, divergence=torch.ones(1, 200)))).weighted
+            threshold = prefix_sums(hard.params, padded_like(tokens)).threshold
+            weight = prefix_sums(hard.params, padded_like(replace(tokens, divergence=torch.ones(1, 200)))).weighted
             divergence[0, t] = torch.nextafter(threshold[0, t] / weight[0, t], torch.tensor(2.0))
             if t >= 12:
                 break

@@ -45,20 +45,20 @@ def test_the_papers_suite_is_the_papers_table(row: int, paper: Suite) -> None:
 
 def test_the_rest_of_the_papers_protocol(paper: Suite) -> None:
     """Section 4.1: DAPO-Math-17k, AIME24 to 26, Avg@16 at 0.7 and 0.95, AdamW at 1e-6, delta shared with DPPO, Top-20 TV."""
-    assert [o.name for o in paper.objectives] == "grpo minpro cispo dppo trm_max trm_avg cppo".split()
+    assert [o.name for o in paper.rules] == "grpo minpro cispo dppo trm_max trm_avg cppo".split()
     assert paper.evaluation.model_dump() == {"samples": 16, "temperature": 0.7, "top_p": 0.95}
     for run in paper.runs():
-        plan, entry = run.plan, run.objective
+        plan, entry = run.setting, run.rule
         assert plan.task.train.name == "dapo_math_17k"
         assert [b.name for b in plan.task.benchmarks] == ["aime24", "aime25", "aime26"]
         assert (plan.optimizer.lr, plan.optimizer.warmup_updates, plan.rollout.temperature) == (1e-6, 0, 1.0)
         assert plan.checkpoint_every == 10 and plan.scale is not None and plan.scale.precision == "bfloat16"
-        assert plan.scale.engine == ("verl" if run.setting == "qwen3_30b_a3b_base" else "vllm")
+        assert plan.scale.engine == ("verl" if run.setting_name == "qwen3_30b_a3b_base" else "vllm")
         assert (entry.advantage, entry.aggregation, entry.anchor) == ("dr_grpo", "seq-mean-token-sum-norm", "rollout")
-        if run.label in ("dppo", "cppo"):
-            assert entry.settings["delta"] == (0.2 if run.setting == "qwen3_30b_a3b_base" else 0.15)
+        if run.rule_name in ("dppo", "cppo"):
+            assert entry.params["delta"] == (0.2 if run.setting_name == "qwen3_30b_a3b_base" else 0.15)
             # verl records the sampled token only, a stated departure from the paper's Top-20.
-            sampled = run.setting == "qwen3_30b_a3b_base"
+            sampled = run.setting_name == "qwen3_30b_a3b_base"
             assert entry.divergence is not None and entry.divergence.kind == "tv"
             assert (entry.divergence.estimator, entry.divergence.k) == (("binary", None) if sampled else ("top_k", 20))
 
@@ -67,7 +67,7 @@ def test_the_rest_of_the_papers_protocol(paper: Suite) -> None:
 def test_the_ablations_share_the_papers_runs(figure: int, setting: str, paper: Suite) -> None:
     """DPPO and full CPPO have the ids of paper.yaml's runs, and every panel of the figure can be drawn."""
     suite = load_suite(ROOT / "config" / f"paper_figure{figure}.yaml")
-    assert [(run.label, run.setting) for run in suite.runs() if run.id in paper.by_id] == [
+    assert [(run.rule_name, run.setting_name) for run in suite.runs() if run.id in paper.by_id] == [
         ("dppo", setting),
         ("cppo", setting),
     ]
@@ -118,6 +118,6 @@ def test_a_model_of_unknown_size_is_said(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_single_gpu_fits_a_day() -> None:
     suite = load_suite(ROOT / "config" / "single_gpu.yaml")
-    costs = [cost(suite, run.setting) for run in suite.runs()]
+    costs = [cost(suite, run.setting_name) for run in suite.runs()]
     assert sum(c.train_hours + c.evaluate_hours for c in costs if c is not None) < 20  # the rest is start-up
     assert all(resources.gpus == 1 for resources in suite.resources.values())

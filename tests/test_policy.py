@@ -12,7 +12,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from cppo.models.create import create_model
 from cppo.models.load import load_pretrained
-from cppo.models.logprobs import TokenStatistics, statistics
+from cppo.models.logprobs import TokenLogprobsFunction, statistics
 
 TOKENS, VOCABULARY, WIDTH, K, TEMPERATURE = 23, 50, 8, 4, 0.7
 
@@ -48,7 +48,7 @@ def slow(given: dict[str, Tensor]) -> dict[str, Tensor]:
 def fast(given: dict[str, Tensor]) -> dict[str, Tensor]:
     hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
     arguments: Any = (hidden, weight, given["sampled"], TEMPERATURE, given["ids"], 0, True)
-    logp, entropy, ids, topk_logp, logp_all = TokenStatistics.apply(*arguments)  # type: ignore[no-untyped-call]
+    logp, entropy, ids, topk_logp, logp_all = TokenLogprobsFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     assert logp.requires_grad and not any(x.requires_grad for x in (entropy, topk_logp, logp_all))
     assert torch.equal(ids, given["ids"])
     to_hidden, to_weight = torch.autograd.grad((logp * given["upstream"]).sum(), (hidden, weight))
@@ -123,7 +123,7 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
     with Largest() as seen:
         arguments: Any = (hidden, weight, given["sampled"], TEMPERATURE, given["ids"], 0, False)
-        logp, *_ = TokenStatistics.apply(*arguments)  # type: ignore[no-untyped-call]
+        logp, *_ = TokenLogprobsFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         logp.sum().backward()
     assert seen.elements == 10 * VOCABULARY > weight.numel()
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from cppo import problems as module
-from cppo.models.create import create_tokenizer
-from cppo.models.logprobs import UNK
+from cppo.models.create import UNK, create_tokenizer
 from cppo.suite.config import Benchmark, Task
 from cppo.tasks.chain import (
     OPERANDS,

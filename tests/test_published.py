@@ -99,15 +99,15 @@ def test_training_learns_from_right_and_wrong_answers_and_keeps_the_tokenizer(tr
 
 
 def test_scores_are_those_of_the_same_prompts_judged_by_eye(trained: tuple[Suite, Path]) -> None:
-    """Sampled again without lm-eval, with the prompts of training; 6/2 is 3, and the text answer is never given."""
+    """GradedRollouts again without lm-eval, with the prompts of training; 6/2 is 3, and the text answer is never given."""
     suite, root = trained
     config = suite.bases()[0]
-    folder, task = root / config.folder, config.plan.task
+    folder, task = root / config.folder, config.setting.task
     model, tokenizer = (load(folder / "checkpoints" / "step-0") for load in (load_pretrained, load_tokenizer))
     expected = {}
     for benchmark in task.benchmarks:
         for problem in read_problems(root / config.data / f"{benchmark.name}.jsonl"):
-            axes = ("evaluate", config.setting, 0, benchmark.name, problem.id)
+            axes = ("evaluate", config.setting_name, 0, benchmark.name, problem.id)
             noise = torch.cat([uniforms(1, 8, *axes, n) for n in range(8)])
             prompts = [prompt_ids(task, tokenizer, problem.question)] * 8
             responses = TorchEngine(model).generate(prompts, noise, 0.7, 0.95).responses
@@ -129,7 +129,7 @@ def test_lm_eval_asks_what_training_asks(trained: tuple[Suite, Path]) -> None:
     manager = TaskManager(include_path=str(root / config.data / "lm_eval"), include_defaults=False)
     loaded = manager.load_task_or_group(["math500"])["math500"]
     docs = list(loaded.test_docs())
-    assert [loaded.doc_to_text(doc) for doc in docs] == [wording(config.plan.task, doc["question"]) for doc in docs]
+    assert [loaded.doc_to_text(doc) for doc in docs] == [wording(config.setting.task, doc["question"]) for doc in docs]
     assert loaded.doc_to_text(docs[0]) == f"Halve $6$.\n{INSTRUCTION}"
 
 

@@ -9,9 +9,9 @@ import torch
 from tiny import DENSE, MOE
 
 from cppo.diagnostics import mismatch_metrics
-from cppo.models.create import create_model, create_tokenizer
+from cppo.models.create import EOS, create_model, create_tokenizer
 from cppo.models.load import save_pretrained
-from cppo.models.logprobs import EOS, statistics
+from cppo.models.logprobs import statistics
 from cppo.rollout.engines import engine
 from cppo.rollout.sampling import sample
 from cppo.rollout.torch_engine import TorchEngine
@@ -30,7 +30,7 @@ def prompt_ids() -> list[list[int]]:
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_log_probabilities_equal_the_trainers(model: Model, temperature: float) -> None:
-    """Sampled, top-K and full log-probabilities agree to 1e-4 in float32 at the same weights (seen: 1e-6)."""
+    """GradedRollouts, top-K and full log-probabilities agree to 1e-4 in float32 at the same weights (seen: 1e-6)."""
     policy = create_model(model, "test")
     rollouts = TorchEngine(policy).generate(
         prompt_ids(), uniforms(5, 12, "test"), temperature, record=Record(top_k=3, full=True)

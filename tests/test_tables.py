@@ -47,14 +47,14 @@ def write_run(config: RunConfig | BaseConfig, folder: Path) -> None:
     """What training (or the warm start) and evaluation leave in a run's directory, as far as tables need it."""
     folder.mkdir(parents=True)
     trained = isinstance(config, RunConfig)
-    plan, every = config.plan, config.plan.checkpoint_every
+    plan, every = config.setting, config.setting.checkpoint_every
     done = {"iterations": plan.iterations} if trained else {"steps": 100}
     (folder / "DONE").write_text(json.dumps({"status": "finished", **done}))
     provenance = {"code_version": "0123456789", "commit": "abc", "python": "3.11.7", "machine": "Linux x86_64"}
     (folder / "provenance.json").write_text(json.dumps(provenance | dict.fromkeys(PACKAGES, "1.0")))
-    key = {"run": config.id, "label": "base", "setting": config.setting, "seed": 0}
+    key = {"run": config.id, "label": "base", "setting": config.setting_name, "seed": 0}
     if isinstance(config, RunConfig):
-        key |= {"label": config.label, "seed": config.seed}
+        key |= {"label": config.rule_name, "seed": config.seed}
     # Problem ids are hex digits; these happen to be decimal ones, which must stay text all the same.
     score = {"correct": 1, "samples": config.evaluation.samples, "unjudged": 1, "mean_length": 9.5, "truncated": 0}
     scores = [
@@ -133,7 +133,7 @@ def test_collected_tables_have_the_documented_columns(tables: Path) -> None:
 def test_collected_numbers(suite: Suite, tables: Path) -> None:
     """Each table's values, by hand."""
     base, run = suite.bases()[0], suite.runs()[0]
-    problems = sum(benchmark.problems for benchmark in run.plan.task.benchmarks)
+    problems = sum(benchmark.problems for benchmark in run.setting.task.benchmarks)
     found = {name: read(tables, name) for name in TABLES}
     for name in ("curves", "positions", "tokens"):
         assert found[name][KEY].drop_duplicates().values.tolist() == [[run.id, "cppo", "tiny", 1]]

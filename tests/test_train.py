@@ -31,13 +31,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 def base(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained base model: rewards are rare, but every path of the loop runs."""
     folder = tmp_path_factory.mktemp("base")
-    save_pretrained(create_model(suite.bases()[0].plan.model, "tiny"), folder, create_tokenizer())
+    save_pretrained(create_model(suite.bases()[0].setting.model, "tiny"), folder, create_tokenizer())
     return folder
 
 
 @pytest.fixture(scope="module")
 def problems(suite: Suite) -> tuple[Problem, ...]:
-    return make_problems(suite.bases()[0].plan.task, "tiny")["train"]
+    return make_problems(suite.bases()[0].setting.task, "tiny")["train"]
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +111,11 @@ def test_every_rule_sees_the_same_problems_and_noise(
     first = {}
     for label in ("pg", "ppo", "grpo", "cppo_exact"):
         trainer = _trainer(run_of(suite, label), base, problems, tmp_path)
-        sampled = trainer.collector.sample(1)
+        sampled = trainer.builder.sample(1)
         first[label] = ([p.id for p in sampled.problems], sampled.rollouts.responses.tolist())
     assert all(value == first["pg"] for value in first.values())
     other = _trainer(run_of(suite, "pg", seed=1), base, problems, tmp_path)
-    assert [p.id for p in other.collector.sample(1).problems] != first["pg"][0]
+    assert [p.id for p in other.builder.sample(1).problems] != first["pg"][0]
 
 
 def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Trainer:
@@ -123,7 +123,7 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
     from cppo.training.critic import ValueModel
     from cppo.training.distributed import make_accelerator
 
-    critic = ValueModel(load_pretrained(base)) if run.objective.advantage == "gae" else None
+    critic = ValueModel(load_pretrained(base)) if run.rule.advantage == "gae" else None
     policy, tokenizer = load_pretrained(base), load_tokenizer(base)
     sampler = TorchEngine(policy)
     return Trainer(run, folder, problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler)

@@ -190,8 +190,8 @@ def test_cppo_gate(entry: str) -> None:
 def test_cppo_budget_and_threshold(entry: str) -> None:
     case, fixture = CASES[entry], spec_fixture()
     rule = objective(case.objective, **case.settings)
-    sums = prefix_sums(rule.settings, padded_like(tokens_of(case, fixture)))
-    if rule.settings.delta_b is None:
+    sums = prefix_sums(rule.params, padded_like(tokens_of(case, fixture)))
+    if rule.params.delta_b is None:
         assert sums.delta_b.isinf().all()  # the file holds the unused setting
     else:
         close(sums.delta_b, stored(entry, "delta_b"), SEVEN)
@@ -233,7 +233,7 @@ def test_kl_estimators_token_mean() -> None:
 def test_p90_binary_tv_valid() -> None:
     """The quantile of the adaptive budget, with limits so wide that none of the four rows reaches one."""
     tokens = padded_like(tokens_of(Case("cppo", divergence=BTV), spec_fixture()))
-    settings = objective("cppo", delta_b=1e-6, clamp_factor=1e6, quantile=0.9).settings
+    settings = objective("cppo", delta_b=1e-6, clamp_factor=1e6, quantile=0.9).params
     close(prefix_sums(settings, tokens).delta_b, stored("p90_binary_tv_valid"), SEVEN)
 
 

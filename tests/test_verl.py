@@ -333,7 +333,7 @@ def test_refused_when_called() -> None:
         config.global_batch_info.update(dp_size=2)
         with pytest.raises(ValueError, match=f"global_batch_info: {mode} on 2 ranks"):
             called("cppo_bench_grpo", config, tokens, mode)
-    with pytest.raises(ValueError, match="rollout_is_weights: cppo_bench_grpo is anchored on the rollout"):
+    with pytest.raises(ValueError, match="rollout_is_weights: cppo_bench_grpo is with_anchor on the rollout"):
         get_policy_loss_fn("cppo_bench_grpo")(
             old_log_prob=tokens.rollout_logp,
             log_prob=tokens.logp,

@@ -81,23 +81,21 @@ def test_verl_accepts_every_objective(name: str, sharding: str, base: Path, tmp_
     suite = verl_suite(tmp_path, {"scale": {"sharding": sharding}})
     run = run_of(suite, name)
     actor = validated(composed(rendered(run, suite, base, tmp_path / "run")))
-    entry = run.objective
+    entry = run.rule
     divergence = BINARY_TV if entry.divergence else None
-    assert actor.policy_loss.rule == SampledTokenLoss.of(name, entry.settings, divergence)
+    assert actor.policy_loss.rule == SampledTokenLoss.of(name, entry.params, divergence)
     assert actor.strategy == sharding and actor.policy_loss.loss_mode == f"cppo_bench_{name}"
 
 
 def test_verl_accepts_the_papers_largest_setting(base: Path, tmp_path: Path) -> None:
     """Every rule of config/paper.yaml that it trains."""
     suite = load_suite(ROOT / "config" / "paper.yaml")
-    runs = [run for run in suite.runs() if run.plan.scale is not None and run.plan.scale.engine == "verl"]
-    assert len(runs) == len(suite.objectives) * len(suite.seeds)
+    runs = [run for run in suite.runs() if run.setting.scale is not None and run.setting.scale.engine == "verl"]
+    assert len(runs) == len(suite.rules) * len(suite.seeds)
     for run in runs:
-        words = verl_launch.command(run, suite.resources[run.setting], base, tmp_path / "run")[3:]
+        words = verl_launch.command(run, suite.resources[run.setting_name], base, tmp_path / "run")[3:]
         actor = validated(composed(words))
-        assert (
-            actor.loss_scale_factor == 16384 and actor.policy_loss.loss_mode == f"cppo_bench_{run.objective.objective}"
-        )
+        assert actor.loss_scale_factor == 16384 and actor.policy_loss.loss_mode == f"cppo_bench_{run.rule.objective}"
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -119,7 +117,11 @@ def test_verl_accepts_every_advantage(advantage: str, sharding: str, base: Path,
     if advantage == "gae":
         critic = omega_conf_to_dataclass(config.critic)
         assert critic.strategy == sharding and critic.optim.lr == pytest.approx(1e-5) and critic.cliprange_value == 0.2
-        assert critic.model.path == str(base) and critic.loss_agg_mode == "token-mean" and config.algorithm.lam == 0.95
+        assert (
+            critic.model.path == str(base)
+            and critic.loss_agg_mode == "token-mean"
+            and config.algorithm.gae_lambda == 0.95
+        )
 
 
 def test_values_arrive(base: Path, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_values_arrive(base: Path, tmp_path: Path) -> None:
     assert (list(actor.optim.betas), actor.optim.clip_grad) == ([0.9, 0.95], 0.5)
     assert (actor.engine.model_dtype, actor.engine.dtype, actor.engine.mixed_precision) == ("fp32", "bfloat16", None)
     assert (actor.ppo_micro_batch_size_per_gpu, actor.entropy_coeff, actor.use_kl_loss) == (2, 0, False)
-    assert actor.policy_loss.rule.objective.settings.delta == 0.15
+    assert actor.policy_loss.rule.objective.params.delta == 0.15
     assert "hf_model" in actor.checkpoint.save_contents and "hf_model" not in actor.checkpoint.load_contents
     assert isinstance(actor.checkpoint, CheckpointConfig)
     assert config.algorithm.adv_estimator == "grpo" and not config.algorithm.norm_adv_by_std_in_grpo

@@ -68,14 +68,16 @@ def test_refused_when_the_suite_is_loaded(
 
 
 def test_a_divergence_for_one_setting(tmp_path: Path) -> None:
-    """A suite compares settings of several engines: where verl trains, `by_setting` names the divergence that it can have."""
+    """A suite compares settings of several engines: where verl trains, `params_by_setting` names the divergence that it can have."""
     top = {"estimator": "top_k", "kind": "tv", "k": 20}
-    entry = {**CPPO, "divergence": top, "by_setting": {"moe": {"delta": 0.2, "divergence": BINARY_TV}}}
+    entry = {**CPPO, "divergence": top, "params_by_setting": {"moe": {"delta": 0.2, "divergence": BINARY_TV}}}
     run = verl_suite(tmp_path, objectives=[entry]).runs()[0]
     plain = verl_suite(tmp_path, objectives=[{**CPPO, "settings": {"delta": 0.2}}]).runs()[0]
-    assert run.id == plain.id and run.objective.divergence is not None and run.objective.divergence.k is None
-    with pytest.raises(ValueError, match=r"objectives\.cppo\.by_setting\.moe\.divergence: kind: "):
-        verl_suite(tmp_path, objectives=[{**entry, "by_setting": {"moe": {"divergence": {**BINARY_TV, "kind": "x"}}}}])
+    assert run.id == plain.id and run.rule.divergence is not None and run.rule.divergence.k is None
+    with pytest.raises(ValueError, match=r"objectives\.cppo\.params_by_setting\.moe\.divergence: kind: "):
+        verl_suite(
+            tmp_path, objectives=[{**entry, "params_by_setting": {"moe": {"divergence": {**BINARY_TV, "kind": "x"}}}}]
+        )
 
 
 def test_every_objective_renders(tmp_path: Path) -> None:
@@ -90,16 +92,16 @@ def test_every_objective_renders(tmp_path: Path) -> None:
 def test_the_papers_largest_setting_renders(tmp_path: Path) -> None:
     """Every rule of config/paper.yaml on Qwen3-30B-A3B-Base, with Table 3's numbers; checking it needs no transformers."""
     suite = load_suite(ROOT / "config" / "paper.yaml")
-    runs = [run for run in suite.runs() if run.plan.scale is not None and run.plan.scale.engine == "verl"]
-    assert {run.label for run in runs} == {entry.name for entry in suite.objectives}
+    runs = [run for run in suite.runs() if run.setting.scale is not None and run.setting.scale.engine == "verl"]
+    assert {run.rule_name for run in runs} == {entry.name for entry in suite.rules}
     for run in runs:
-        resources = suite.resources[run.setting]
+        resources = suite.resources[run.setting_name]
         found = verl_launch.overrides(run, resources, tmp_path / "base", tmp_path / "run")
         rollout = (found["data.train_batch_size"], found["actor_rollout_ref.rollout.n"])
         assert (*rollout, found["actor_rollout_ref.actor.ppo_mini_batch_size"]) == (256, 16, 32)
         assert found["actor_rollout_ref.actor.loss_scale_factor"] == found["data.max_response_length"] == 16384
         assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == (4, 8)
-        if run.label in ("cppo", "dppo"):
+        if run.rule_name in ("cppo", "dppo"):
             assert found["+actor_rollout_ref.actor.policy_loss.settings"]["delta"] == 0.2
     code = "import sys; from cppo.suite.config import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
     suite_file = str(ROOT / "config" / "paper.yaml")

@@ -31,7 +31,7 @@ from cppo.suite.config import Model, Optimizer, RunConfig, Scale
 from cppo.system.seeds import uniforms
 from cppo.tasks.chain import make_problems
 from cppo.tasks.types import Problem
-from cppo.training.batches import Collector
+from cppo.training.batches import BatchBuilder
 from cppo.training.distributed import Learner, make_accelerator
 from cppo.training.train import train
 
@@ -115,7 +115,7 @@ def test_greedy_tokens_equal_the_torch_engines(shared: VllmEngine, policy: PreTr
 def test_log_probabilities_equal_the_trainers(
     temperature: float, shared: VllmEngine, policy: PreTrainedModel, record_property: Any
 ) -> None:
-    """Sampled and top-20 log-probabilities agree to 1e-4 in float32, on responses of several lengths."""
+    """GradedRollouts and top-20 log-probabilities agree to 1e-4 in float32, on responses of several lengths."""
     rollouts = shared.generate(prompt_ids(40), uniforms(200, 40, "test"), temperature, record=Record(top_k=20))
     assert bool(rollouts.truncated.any()) and not bool(rollouts.truncated.all())
     assert len(set(rollouts.lengths.tolist())) > 5
@@ -195,8 +195,10 @@ def test_synchronised_weights_are_sampled_from(
     assert stale > 0.05 and fresh < 1e-4
 
 
-def collector(run: RunConfig, problems: tuple[Problem, ...], policy: PreTrainedModel, engine: VllmEngine) -> Collector:
-    return Collector(run, problems, learner(policy), create_tokenizer(), None, Judge(), Stopwatch(), engine)
+def collector(
+    run: RunConfig, problems: tuple[Problem, ...], policy: PreTrainedModel, engine: VllmEngine
+) -> BatchBuilder:
+    return BatchBuilder(run, problems, learner(policy), create_tokenizer(), None, Judge(), Stopwatch(), engine)
 
 
 def vllm_run(folder: Path, model: Model, **settings: Any) -> RunConfig:
@@ -217,7 +219,7 @@ def vllm_run(folder: Path, model: Model, **settings: Any) -> RunConfig:
 def test_guard(model: Model, tmp_path: Path, shared: VllmEngine, base: Path, record_property: Any) -> None:
     """Weights that vLLM on a CPU takes over wrongly, though it reports success, end the run at the first rollout."""
     run = vllm_run(tmp_path / "suite", model)
-    problems = make_problems(run.plan.task, run.setting)["train"]
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
     policy = moved(create_model(model, "test"))
     engine = shared if model == UNTIED else VllmEngine(checkpoint(model, tmp_path / "base"), "float32", 0.4)
     judged = collector(run, problems, policy, engine)
@@ -237,7 +239,7 @@ def test_guard(model: Model, tmp_path: Path, shared: VllmEngine, base: Path, rec
 def test_guard_refuses_numbers_that_are_none(shared: VllmEngine, policy: PreTrainedModel, tmp_path: Path) -> None:
     """NaN agrees with nothing."""
     run = vllm_run(tmp_path, UNTIED)
-    judged = collector(run, make_problems(run.plan.task, run.setting)["train"], policy, shared)
+    judged = collector(run, make_problems(run.setting.task, run.setting_name)["train"], policy, shared)
     rollouts = judged.gather(1).rollouts
     assert judged.mismatch(rollouts)
     with pytest.raises(ValueError, match="99% quantile of the difference nan"):
@@ -263,7 +265,7 @@ def easy_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two iterations and the scores of their checkpoints, with a mismatch line at the start and metrics in each iteration."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
-    problems = make_problems(run.plan.task, run.setting)["train"]
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
     folder, before = tmp_path / "run", engines()
     train(run, base, problems, folder)
     assert json.loads((folder / "DONE").read_text()) == {"status": "finished", "iterations": 2}
@@ -291,11 +293,11 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
 ) -> None:
     """SIGKILL to vLLM's engine while it samples for iteration 2: one line, iteration 1 is saved, and a restart finishes."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
-    problems = make_problems(run.plan.task, run.setting)["train"]
-    folder, original, before = tmp_path / "run", Collector.sample, engines()
+    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    folder, original, before = tmp_path / "run", BatchBuilder.sample, engines()
     workers: list[psutil.Process] = []
 
-    def killed(self: Collector, iteration: int, attempt: int = 0) -> Any:
+    def killed(self: BatchBuilder, iteration: int, attempt: int = 0) -> Any:
         if iteration == 2:
             (victim,) = engines() - before
             workers.extend(victim.children())
@@ -303,7 +305,7 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
         return original(self, iteration, attempt)
 
     with monkeypatch.context() as patched, pytest.raises(EngineDied) as died:
-        patched.setattr(Collector, "sample", killed)
+        patched.setattr(BatchBuilder, "sample", killed)
         train(run, base, problems, folder)
     assert str(died.value).startswith("engine vllm: its process died") and "\n" not in str(died.value)
     assert len(workers) == 1 and not psutil.wait_procs(workers, timeout=20)[1], "the engine's worker outlives it"

@@ -26,7 +26,7 @@ from cppo.objectives.ratio import hard_gate, log_ratio
 
 @dataclass(frozen=True)
 class Halt:
-    """Settings of `halt`."""
+    """Parameters of `halt`."""
 
     limit: float = 0.1
     """Largest log-ratio, in either direction."""
@@ -151,7 +151,7 @@ def test_the_slurm_profile_plans_what_the_suite_asks_for(checkout: Path) -> None
     command += ["--config", "suite=asking"]
     done = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    runs = {run.id: run.setting for run in load_suite(checkout / "config" / "asking.yaml").runs()}
+    runs = {run.id: run.setting_name for run in load_suite(checkout / "config" / "asking.yaml").runs()}
     planned: dict[str, set[str]] = {}
     for block in done.stdout.split("\n\n"):
         found = re.search(

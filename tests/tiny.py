@@ -45,7 +45,7 @@ def smoke(folder: Path, **changes: Any) -> Suite:
 
 def run_of(suite: Suite, label: str, seed: int = 0) -> RunConfig:
     """The suite's run of this label and seed."""
-    return next(run for run in suite.runs() if run.label == label and run.seed == seed)
+    return next(run for run in suite.runs() if run.rule_name == label and run.seed == seed)
 
 
 VERL_SETTING: dict[str, Any] = {

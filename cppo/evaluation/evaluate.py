@@ -22,13 +22,15 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
+from cppo import statistics
 from cppo.evaluation.lm_eval_task import judge
 from cppo.models.load import load_tokenizer
-from cppo.rollout.engines import engine
-from cppo.suite.config import BaseConfig, MathTask, RunConfig, Scale, Task
-from cppo.system.files import write_whole
+from cppo.results.run_folder import RunFolder
+from cppo.rollout.start import start_engine
+from cppo.suite.config import BaseConfig, RunConfig, Scale
+from cppo.system.files import write_atomic
 from cppo.system.seeds import uniforms
-from cppo.tasks.prompts import encode
+from cppo.tasks.types import Task
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Score:
     """One problem at one checkpoint: a row of the scores table."""
 
     run: str
-    """Run id; the base model's id for label "base"."""
-    label: str
+    """Run id; the base model's id for rule "base"."""
+    rule: str
     setting: str
     seed: int
-    step: int
+    iteration: int
     """Iterations of training before the checkpoint."""
     benchmark: str
     problem: str
@@ -61,17 +63,15 @@ class Score:
 class CheckpointLM(LM):  # type: ignore[misc]
     """A checkpoint folder as an lm-eval model, sampled by the engine of `scale` with named seeds."""
 
-    def __init__(
-        self, pretrained: str, task: Task | MathTask, setting: str, seed: int, scale: Scale | None = None
-    ) -> None:
+    def __init__(self, pretrained: str, task: Task, setting_name: str, seed: int, scale: Scale | None = None) -> None:
         super().__init__()
-        self.engine, self.tokenizer = engine(scale, pretrained), load_tokenizer(pretrained)
-        self.task, self.setting, self.seed_axis = task, setting, seed
+        self.engine, self.tokenizer = start_engine(scale, pretrained), load_tokenizer(pretrained)
+        self.task, self.setting_name, self.seed_axis = task, setting_name, seed
         self.lengths: dict[tuple[str, str], list[tuple[int, bool]]] = {}
         """(task, problem id) -> (tokens, truncated) of each sample."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One text a request; a request that occurs k times is the same prompt with samples 0..k-1."""
+        """One completion per request. The k repeats of a request are samples 0..k-1 of the same prompt."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps([request.task_name, request.args[1]], sort_keys=True), []).append(i)
@@ -84,10 +84,10 @@ class CheckpointLM(LM):  # type: ignore[misc]
             noise = []
             for i in rows:
                 problem = requests[i].doc["id"]
-                axes = ("evaluate", self.setting, self.seed_axis, requests[i].task_name, problem, seen[problem])
+                axes = ("evaluate", self.setting_name, self.seed_axis, requests[i].task_name, problem, seen[problem])
                 noise.append(uniforms(1, options["max_gen_toks"], *axes))
                 seen[problem] += 1
-            prompts = [encode(self.task, self.tokenizer, requests[i].args[0]) for i in rows]
+            prompts = [self.task.encode(self.tokenizer, requests[i].args[0]) for i in rows]
             rollouts = self.engine.generate(prompts, torch.cat(noise), options["temperature"], options["top_p"])
             decoded = self.tokenizer.batch_decode(rollouts.token_lists(), skip_special_tokens=True)
             for row, i in enumerate(rows):
@@ -104,43 +104,39 @@ class CheckpointLM(LM):  # type: ignore[misc]
         raise ValueError("model cppo generates only; score log-likelihoods with lm-eval's own hf model")
 
 
-def evaluate(config: RunConfig | BaseConfig, folder: Path, data: Path) -> None:
-    """Score every checkpoint under `folder` and write scores.csv; checkpoints but the best and the last are deleted.
+def evaluate(path: Path) -> None:
+    """Score every checkpoint of the run or base model at `path` and write scores.csv; checkpoints but the best and the last
+    are deleted.
 
-    Each checkpoint's rows are kept under scores/ as they come, so an interrupted evaluation continues.
+    Each checkpoint's rows are kept as they come, so an interrupted evaluation continues. Raises ValueError for a folder that
+    is of another numerics version, or holds nothing to score.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = RunFolder(path)
+    config = folder.config()
+    folder.check_numerics()
     judge().start()  # before anything is sampled: it may be impossible
-    tasks = TaskManager(include_path=str(data / "lm_eval"), include_defaults=False)
-    for checkpoint in _checkpoints(folder):
-        step = _step(checkpoint)
-        part = folder / "scores" / f"step-{step}.csv"
+    base = config.base if isinstance(config, RunConfig) else config
+    tasks = TaskManager(include_path=str(path.resolve().parents[2] / base.data / "lm_eval"), include_defaults=False)
+    for iteration, checkpoint in folder.checkpoints().items():
+        part = folder.scores_of(iteration)
         if not part.exists():
-            write_scores(part, _score(config, checkpoint, step, tasks))
-    parts = sorted((folder / "scores").glob("step-*.csv"), key=_step)
-    scores = [score for part in parts for score in read_scores(part)]
-    if not scores and not (folder / "DONE").is_file():  # a run may collapse before its first checkpoint
-        raise ValueError(f"{folder}: no checkpoint to score; train it first")
-    write_scores(folder / "scores.csv", scores)
+            write_scores(part, _score(config, checkpoint, iteration, tasks))
+    scores = [score for part in folder.scored() for score in read_scores(part)]
+    if not scores and not folder.done:  # a run may collapse before its first checkpoint
+        raise ValueError(f"{path}: no checkpoint to score; train it first")
+    write_scores(folder.scores, scores)
     means = checkpoint_means(scores)
-    for checkpoint in _checkpoints(folder):
-        if means and _step(checkpoint) not in (max(means), max(means, key=means.__getitem__)):
+    for iteration, checkpoint in folder.checkpoints().items():
+        if means and iteration not in (max(means), max(means, key=means.__getitem__)):
             shutil.rmtree(checkpoint)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted((p for p in found if not p.name.endswith(".partial")), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
-def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: TaskManager) -> list[Score]:
-    model = CheckpointLM(str(checkpoint), config.plan.task, config.setting, config.seed, config.plan.scale)
-    names = [benchmark.name for benchmark in config.plan.task.benchmarks]
-    # Not simple_evaluate, which also describes the machine: with `pip list`, a second a checkpoint.
+def _score(config: RunConfig | BaseConfig, checkpoint: Path, iteration: int, tasks: TaskManager) -> list[Score]:
+    setting = config.setting
+    model = CheckpointLM(str(checkpoint), setting.task, config.setting_name, config.seed, setting.scale)
+    names = [benchmark.name for benchmark in setting.task.benchmarks]
+    # Not simple_evaluate, which also describes the machine: with `pip list`, a second per checkpoint.
     loaded = tasks.load(names)
     with closing(model.engine):
         found: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
@@ -150,14 +146,15 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
         for sample in found["samples"][name]:
             sizes = model.lengths[name, sample["doc"]["id"]]
             count = len(sizes)
+            # lm-eval's metrics are numbers per problem, so counts come back from shares.
             unjudged = round(sample["unjudged"] * count)
             scores.append(
                 Score(
                     run=config.id,
-                    label=config.label,
-                    setting=config.setting,
+                    rule=config.rule_name,
+                    setting=config.setting_name,
                     seed=config.seed,
-                    step=step,
+                    iteration=iteration,
                     benchmark=name,
                     problem=sample["doc"]["id"],
                     correct=round(sample["avg"] * (count - unjudged)),
@@ -171,13 +168,20 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, step: int, tasks: T
 
 
 def checkpoint_means(scores: list[Score]) -> dict[int, float]:
-    """Step -> unweighted mean over benchmarks of Avg@k, the paper's score; over the judged samples of judged problems."""
-    sums: dict[int, dict[str, list[float]]] = {}
-    for score in scores:
-        if score.unjudged < score.samples:
-            rate = score.correct / (score.samples - score.unjudged)
-            sums.setdefault(score.step, {}).setdefault(score.benchmark, []).append(rate)
-    return {step: sum(sum(rates) / len(rates) for rates in sets.values()) / len(sets) for step, sets in sums.items()}
+    """Iteration -> the paper's score (`cppo.statistics.score`); a checkpoint without any judged sample is left out."""
+    found = {}
+    for iteration in sorted({score.iteration for score in scores}):
+        rows = [score for score in scores if score.iteration == iteration and score.unjudged < score.samples]
+        if rows:
+            names = sorted({score.benchmark for score in rows})
+            found[iteration] = float(
+                statistics.score(
+                    [score.correct for score in rows],
+                    [score.samples - score.unjudged for score in rows],
+                    [names.index(score.benchmark) for score in rows],
+                )
+            )
+    return found
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:
@@ -186,7 +190,7 @@ def write_scores(path: Path, scores: list[Score]) -> None:
     writer = csv.DictWriter(out, [f.name for f in fields(Score)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(score) for score in scores)
-    write_whole(path, out.getvalue())
+    write_atomic(path, out.getvalue())
 
 
 def read_scores(path: Path) -> list[Score]:

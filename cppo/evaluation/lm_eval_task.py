@@ -5,6 +5,7 @@ Works with this package's own evaluation and with the stock `lm_eval` command al
 
 import atexit
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,20 @@ from typing import Any
 import datasets
 
 from cppo.rewards import Judge
-from cppo.system.files import write_whole
-from cppo.tasks.types import read_problems
+from cppo.suite.config import BaseConfig, Setting
+from cppo.suite.schema import parse
+from cppo.system.files import read_json, write_atomic
+from cppo.tasks.types import Problem, read_problems
 
+SETTING = "setting.json"
+"""Name of the file that tells the tasks of a folder which family they are of."""
+UTILS = """\
+from pathlib import Path
+
+from cppo.evaluation.lm_eval_task import task_functions
+
+load, process_results = task_functions(Path(__file__).parent)
+"""
 TEMPLATE = """\
 task: {name}
 custom_dataset: !function utils.load
@@ -36,24 +48,41 @@ metadata: {{version: 1}}
 """
 
 
-def write_task(
-    folder: Path, name: str, problems: Path, text: str, samples: int, temperature: float, top_p: float, tokens: int
-) -> None:
-    """Write the lm-eval task `name` over a problem file: Avg@`samples`, every sample counted.
+def write_tasks(folder: Path, base: BaseConfig, problems: Callable[[str], Path]) -> None:
+    """Write an lm-eval task for each benchmark of a setting: Avg@k, every sample counted.
 
-    text: what is asked, with {{question}} for the question.
+    problems: the problem file of a benchmark, by its name.
     """
-    task = TEMPLATE.format(
-        name=name,
-        path=problems.resolve(),
-        text=json.dumps(text),
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        tokens=tokens,
-    )
-    write_whole(folder / f"{name}.yaml", task)
-    write_whole(folder / "utils.py", "from cppo.evaluation.lm_eval_task import load, process_results  # noqa: F401\n")
+    task, how = base.setting.task, base.evaluation
+    for benchmark in task.benchmarks:
+        text = TEMPLATE.format(
+            name=benchmark.name,
+            path=problems(benchmark.name).resolve(),
+            text=json.dumps(task.wording("{{question}}")),
+            samples=how.samples,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            tokens=base.setting.rollout.max_response_tokens,
+        )
+        write_atomic(folder / f"{benchmark.name}.yaml", text)
+    # Beside the tasks, for `task_functions`: lm-eval gives a function nothing but a problem and its responses.
+    write_atomic(folder / SETTING, base.setting.model_dump_json(indent=1))
+    write_atomic(folder / "utils.py", UTILS)
+
+
+def task_functions(folder: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(load, process_results) of the tasks in a folder of `write_tasks`, as lm-eval calls them."""
+    path = folder / SETTING
+    task = parse(Setting, read_json(path), str(path)).task
+
+    def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
+        """Judge all samples of one problem: avg = right ones among the judged, unjudged = share without a verdict."""
+        asked = Problem(**doc)
+        verdicts = [task.verify(response, asked, judge()) for response in results[0]]
+        judged = [v for v in verdicts if v is not None]
+        return {"avg": sum(judged) / max(len(judged), 1), "unjudged": 1 - len(judged) / len(verdicts)}
+
+    return load, process_results
 
 
 def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
@@ -62,16 +91,9 @@ def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(rows)}
 
 
-def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-    """Judge all samples of one problem: avg = right ones among the judged, unjudged = share without a verdict."""
-    verdicts = [judge().verdict(response, doc["answer"]) for response in results[0]]
-    judged = [v for v in verdicts if v is not None]
-    return {"avg": sum(judged) / max(len(judged), 1), "unjudged": 1 - len(judged) / len(verdicts)}
-
-
 @lru_cache(maxsize=1)
 def judge() -> Judge:
-    """One judge a process; lm-eval calls plain functions, so there is nobody to hand it in."""
+    """One judge per process; lm-eval calls plain functions, so there is nobody to hand it in."""
     found = Judge()
     atexit.register(found.close)
     return found

@@ -7,7 +7,6 @@ Importing this package imports neither trl nor verl; their modules do.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cppo import divergences
@@ -20,7 +19,7 @@ class SampledTokenLoss:
     """An objective whose divergence comes from the sampled token alone.
 
     >>> rule = SampledTokenLoss.of("dppo", {"delta": 0.2}, {"estimator": "binary", "kind": "tv"})
-    >>> rule.objective.settings.delta
+    >>> rule.objective.params.delta
     0.2
     """
 
@@ -30,20 +29,21 @@ class SampledTokenLoss:
 
     @classmethod
     def of(
-        cls, name: str, settings: Mapping[str, object] | None = None, divergence: Mapping[str, object] | None = None
+        cls, name: str, params: Mapping[str, object] | None = None, divergence: Mapping[str, object] | None = None
     ) -> "SampledTokenLoss":
-        """The objective `name` with `settings`; `divergence` as in a suite: {"estimator": "binary", "kind": "tv" or "kl"}.
+        """The objective `name` with `params`; `divergence` as in a suite: {"estimator": "binary", "kind": "tv" or "kl"}.
 
         A rule that needs no divergence may have one all the same: it is then only logged.
 
         Raises ValueError for anything unknown, an estimator that needs more than the sampled token, a divergence rule
         without a divergence, and a rule that needs other inputs (shuffled positions).
         """
-        rule = cls(objective(name, **(settings or {})), None if divergence is None else _binary_kind(divergence))
-        if rule.objective.spec.divergence and rule.kind is None:
+        rule = cls(objective(name, **(params or {})), None if divergence is None else _binary_kind(divergence))
+        missing = sorted(rule.objective.needs - {"divergence"})
+        if missing:
+            raise ValueError(f"objective {name} needs {missing[0]} with these params, which is not recorded here")
+        if "divergence" in rule.objective.needs and rule.kind is None:
             raise ValueError(f"divergence: objective {name} needs one: {{estimator: binary, kind: tv}} or kind: kl")
-        one, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-        rule(one, one, one, mask, "token-sum")  # shows what the rule itself refuses, before anything is generated
         return rule
 
     def __call__(

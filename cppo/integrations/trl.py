@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer with one of our objectives as its loss.
 
-    TrustRegionTrainer(model, reward_funcs, args, train_dataset=..., objective="cppo", settings={"delta": 0.15},
+    TrustRegionTrainer(model, reward_funcs, args, train_dataset=..., objective="cppo", params={"delta": 0.15},
                        divergence={"estimator": "binary", "kind": "tv"}, aggregation="token-mean")
 
 Generation, rewards and advantages stay TRL's. Differences from GRPOTrainer: 1. the loss is `cppo.loss.policy_loss`.
@@ -25,27 +25,50 @@ from cppo.integrations import SampledTokenLoss
 from cppo.loss import Aggregation, batch_denominator, check_aggregation
 
 # Part of TRL's own loss, which is not used.
-IGNORED = (
-    "loss_type epsilon epsilon_high delta importance_sampling_level beta use_bias_correction_kl sync_ref_model "
-    "entropy_coef use_adaptive_entropy top_entropy_quantile off_policy_mask_threshold sapo_temperature_pos "
-    "sapo_temperature_neg vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg"
-).split()
+IGNORED = [
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "beta",
+    "use_bias_correction_kl",
+    "sync_ref_model",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_k_neg",
+    "vespo_lambda_pos",
+    "vespo_lambda_neg",
+]
 TRUNCATING = ("top_p", "top_k", "min_p", "repetition_penalty")
-MULTIMODAL = (
-    "pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
-    "mm_token_type_ids image_position_ids"
-).split()
+MULTIMODAL = [
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+]
 
 
 class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
-    """A GRPOTrainer whose loss is one of our objectives, anchored on the rollout policy.
+    """A GRPOTrainer whose loss is one of our objectives, with_anchor on the rollout policy.
 
-    objective, settings: a name of `cppo.objectives.names()` or "module:function", and its settings.
+    objective, params: a name of `cppo.objectives.names()` or "module:function", and its hyper-parameters.
     divergence: {"estimator": "binary", "kind": "tv" or "kl"}; needed by the divergence rules.
     aggregation: a mode of `cppo.loss.policy_loss`; its denominator is that of the whole optimiser step on all ranks.
     horizon: for seq-mean-token-sum-norm; None = `max_completion_length`.
 
-    Raises ValueError for an unknown setting, an estimator other than binary, a setting of `args` that belongs to the
+    Raises ValueError for an unknown parameter, an estimator other than binary, a setting of `args` that belongs to the
     replaced loss, a truncated sampling distribution, and optimiser steps that span two generations.
     """
 
@@ -58,13 +81,13 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         args: Any = None,
         *others: Any,
         objective: str = "cppo",
-        settings: Mapping[str, object] | None = None,
+        params: Mapping[str, object] | None = None,
         divergence: Mapping[str, object] | None = None,
         aggregation: Aggregation = "token-mean",
         horizon: int | None = None,
         **keywords: Any,
     ) -> None:
-        self.rule = SampledTokenLoss.of(objective, settings, divergence)
+        self.rule = SampledTokenLoss.of(objective, params, divergence)
         args = GRPOConfig("trust-region") if args is None else args
         check_arguments(args)
         if aggregation == "seq-mean-token-sum-norm" and horizon is None:
@@ -86,7 +109,7 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
             args = self.args
             rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
             with torch.no_grad():
-                now, _, _ = self._statistics(self.model, batch, batch_size=rows)
+                now, _, _ = self._token_logprobs(self.model, batch, batch_size=rows)
         if sampled is None:
             batch["rollout_logp"] = now
         else:
@@ -105,7 +128,7 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         total = self.accelerator.reduce(torch.tensor(share, device=batch["completion_ids"].device), "sum")
         return {**batch, "denominator": float(total) or None}  # no trained token at all: the loss is 0
 
-    def _statistics(self, model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Any, Any]:
+    def _token_logprobs(self, model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Any, Any]:
         """TRL's (log-probabilities [B, T], entropies, MoE auxiliary loss) of a batch's completions."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
@@ -117,7 +140,7 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         return found
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        logp, entropy, auxiliary = self._statistics(
+        logp, entropy, auxiliary = self._token_logprobs(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
         mask, advantages = trained(inputs), inputs["advantages"]
@@ -164,9 +187,7 @@ def check_arguments(args: Any) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for name in IGNORED:
         if getattr(args, name) != defaults[name]:
-            raise ValueError(
-                f"args.{name}: belongs to TRL's own loss; leave it out, the objective's settings replace it"
-            )
+            raise ValueError(f"args.{name}: belongs to TRL's own loss; leave it out, the objective's params replace it")
     sampling = {name: getattr(args, name) for name in TRUNCATING} | dict(args.generation_kwargs or {})
     if sampling.get("temperature", args.temperature) != args.temperature:
         raise ValueError(

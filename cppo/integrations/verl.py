@@ -1,9 +1,9 @@
 """Our objectives as policy losses of verl 0.9.1, `cppo_bench_<objective>` in its registry.
 
     actor_rollout_ref.model.external_lib=cppo.integrations.verl                      # registers them in every worker
-    actor_rollout_ref.actor.policy_loss._target_=cppo.integrations.verl.PolicyLoss   # the settings below, checked
+    actor_rollout_ref.actor.policy_loss._target_=cppo.integrations.verl.PolicyLoss   # the parameters below, checked
     actor_rollout_ref.actor.policy_loss.loss_mode=cppo_bench_cppo
-    +actor_rollout_ref.actor.policy_loss.settings={delta:0.15,delta_b:0.02}
+    +actor_rollout_ref.actor.policy_loss.params={delta:0.15,delta_b:0.02}
     +actor_rollout_ref.actor.policy_loss.divergence={estimator:binary,kind:tv}
     +actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}
     algorithm.rollout_correction.bypass_mode=True                                    # the anchor is the rollout policy
@@ -11,7 +11,7 @@
 verl's stock configuration class refuses keys that it does not know; `PolicyLoss` adds ours. verl builds it before it
 starts Ray, so a wrong setting ends the launch there (and again in each worker), with our line in hydra's error.
 
-Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses (an objective reads `settings` only),
+Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses (an objective reads `params` only),
 importance weights and rejection from `rollout_correction` (refused), entropy and KL terms (verl adds its own after ours).
 """
 
@@ -38,10 +38,10 @@ PREFIX = "cppo_bench_"
 
 @dataclass
 class PolicyLoss(PolicyLossConfig):  # type: ignore[misc]
-    """verl's `actor.policy_loss` with the settings of one of our objectives. Raises ValueError for any that do not fit."""
+    """verl's `actor.policy_loss` with the parameters of one of our objectives. Raises ValueError for any that do not fit."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the objective that `loss_mode` names: `cppo_bench_<name>` or `cppo_bench_<module>:<function>`."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the objective that `loss_mode` names: `cppo_bench_<name>` or `cppo_bench_<module>:<function>`."""
     divergence: dict[str, Any] | None = None
     """{estimator: binary, kind: tv or kl}; needed by the divergence rules, only logged for others."""
 
@@ -61,7 +61,7 @@ class PolicyLoss(PolicyLossConfig):  # type: ignore[misc]
                 raise ValueError(
                     f"algorithm.rollout_correction.{key}: must be null, the ratio already refers to the rollout"
                 )
-        self.rule = SampledTokenLoss.of(self.loss_mode.removeprefix(PREFIX), self.settings, self.divergence)
+        self.rule = SampledTokenLoss.of(self.loss_mode.removeprefix(PREFIX), self.params, self.divergence)
         register(self.loss_mode)  # an objective of the user's own is known from here on
 
 
@@ -93,12 +93,12 @@ def compute_policy_loss(
 
     Raises ValueError when verl is not configured as this module's docstring says.
     """
-    settings = config.policy_loss
-    if not isinstance(settings, PolicyLoss) or settings.loss_mode != mode:
+    configured = config.policy_loss
+    if not isinstance(configured, PolicyLoss) or configured.loss_mode != mode:
         raise ValueError(f"policy_loss._target_: {mode} needs {__name__}.PolicyLoss with loss_mode={mode}")
     if rollout_is_weights is not None:
         raise ValueError(
-            f"rollout_is_weights: {mode} is anchored on the rollout; set rollout_correction.bypass_mode=True"
+            f"rollout_is_weights: {mode} is with_anchor on the rollout; set rollout_correction.bypass_mode=True"
         )
     aggregation = cast(Aggregation, loss_agg_mode)
     horizon = config.loss_scale_factor if aggregation == "seq-mean-token-sum-norm" else None
@@ -108,7 +108,7 @@ def compute_policy_loss(
     count = whole.get("global_batch_size" if aggregation.startswith("seq-") else "batch_num_tokens")
     if count is None and ranks > 1 and aggregation != "token-sum":
         raise ValueError(f"global_batch_info: {loss_agg_mode} on {ranks} ranks needs the global batch's counts")
-    loss, metrics = settings.rule(
+    loss, metrics = configured.rule(
         log_prob,
         old_log_prob,  # in bypass mode: the rollout's log-probabilities
         advantages,
@@ -142,7 +142,7 @@ def compute_score(
 
 
 class KeepWeights(CheckpointCallback):  # type: ignore[misc]
-    """verl's `checkpoint_callback_class` for runs of engine verl: see `verl_launch.keep_weights`."""
+    """verl's `checkpoint_callback_class` for runs of trainer verl: see `verl_launch.keep_weights`."""
 
     def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, **_: Any) -> None:
         """Called on the driver after each checkpoint."""

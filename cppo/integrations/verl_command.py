@@ -8,25 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cppo.integrations.verl_checks import _divergence, _micro_rows
-from cppo.suite.config import MathTask, Resources, RunConfig, Setting
+from cppo.integrations.verl_checks import VERL_ADVANTAGES, divergence_of, micro_rows
+from cppo.suite.config import Resources, RunConfig, Setting
 from cppo.system.seeds import seed
+from cppo.tasks.types import TextTask
 
 VERSION = "0.9.1"
 """The verl whose configuration `overrides` speaks; every key is tested against it."""
 PLAIN_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """A chat template that adds nothing: verl knows only chats."""
-
-ADVANTAGES = {
-    "grpo": "grpo",
-    "dr_grpo": "grpo",  # with norm_adv_by_std_in_grpo=False
-    "rloo": "rloo",
-    "gpg": "gpg",
-    "reinforce_pp": "reinforce_plus_plus",
-    "reinforce_pp_baseline": "reinforce_plus_plus_baseline",
-    "gae": "gae",
-}
-"""Our estimators' names in verl."""
 
 
 def verl_python() -> str:
@@ -50,12 +40,12 @@ def overrides(
     run: RunConfig, resources: Resources, base: Path, folder: Path, report_to: Sequence[str] = (), attempt: int = 0
 ) -> dict[str, Any]:
     """verl's configuration keys for `run` -> values; a key with + is one that verl's YAML does not list."""
-    plan, entry, work = run.plan, run.objective, folder.resolve() / "verl"
-    task, rollout, scale = plan.task, plan.rollout, plan.scale
-    assert isinstance(task, MathTask) and scale is not None and scale.engine == "verl"
+    setting, rule, work = run.setting, run.rule, folder.resolve() / "verl"
+    task, rollout, scale = setting.task, setting.rollout, setting.scale
+    assert isinstance(task, TextTask) and scale is not None and scale.trainer == "verl"
     # vLLM adds the replica's number: seeds of runs must not be neighbours.
-    noise = seed("verl", run.setting, run.seed) % 2**31
-    megatron, gae, micro = scale.sharding == "megatron", entry.advantage == "gae", _micro_rows(plan, resources)
+    noise = seed("verl", run.setting_name, run.seed) % 2**31
+    megatron, gae, micro = scale.sharding == "megatron", rule.advantage == "gae", micro_rows(setting, resources)
     actor, engine = "actor_rollout_ref.actor", "megatron" if megatron else "fsdp_config"
     environment = {
         "VERL_FILE_LOGGER_PATH": str(work / f"log-{attempt}.jsonl"),
@@ -74,17 +64,17 @@ def overrides(
         "reward.custom_reward_function.path": "pkg://cppo.integrations.verl",
         "reward.custom_reward_function.name": "compute_score",
         # The objective.
-        "algorithm.adv_estimator": ADVANTAGES[entry.advantage],
-        "algorithm.norm_adv_by_std_in_grpo": entry.advantage == "grpo",
+        "algorithm.adv_estimator": VERL_ADVANTAGES[rule.advantage],
+        "algorithm.norm_adv_by_std_in_grpo": rule.advantage == "grpo",
         "algorithm.rollout_correction.bypass_mode": True,
         f"{actor}.policy_loss._target_": "cppo.integrations.verl.PolicyLoss",
-        f"{actor}.policy_loss.loss_mode": f"cppo_bench_{entry.objective}",
-        f"+{actor}.policy_loss.settings": entry.settings,
-        f"+{actor}.policy_loss.divergence": _divergence(entry),
+        f"{actor}.policy_loss.loss_mode": f"cppo_bench_{rule.objective}",
+        f"+{actor}.policy_loss.params": rule.params,
+        f"+{actor}.policy_loss.divergence": divergence_of(rule),
         f"+{actor}.policy_loss.rollout_correction": "${algorithm.rollout_correction}",
-        f"{actor}.loss_agg_mode": entry.aggregation,
+        f"{actor}.loss_agg_mode": rule.aggregation,
         f"{actor}.loss_scale_factor": (
-            rollout.max_response_tokens if entry.aggregation == "seq-mean-token-sum-norm" else None
+            rollout.max_response_tokens if rule.aggregation == "seq-mean-token-sum-norm" else None
         ),
         # The policy and its optimiser.
         "actor_rollout_ref.model.path": base.resolve(),
@@ -94,8 +84,8 @@ def overrides(
         f"{actor}.ppo_micro_batch_size_per_gpu": micro,
         f"{actor}.{engine}.seed": noise,
         f"{actor}.data_loader_seed": noise,
-        **_engine(f"{actor}.{engine}", plan),
-        **_optimizer(f"{actor}.optim", plan, plan.optimizer.lr),
+        **_engine(f"{actor}.{engine}", setting),
+        **_optimizer(f"{actor}.optim", setting, setting.optimizer.lr),
         **_states(actor),
         # Sampling.
         "actor_rollout_ref.rollout.name": "vllm",
@@ -103,7 +93,7 @@ def overrides(
         "actor_rollout_ref.rollout.temperature": rollout.temperature,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.dtype": scale.precision,
-        "actor_rollout_ref.rollout.gpu_memory_utilization": scale.vllm_memory,
+        "actor_rollout_ref.rollout.gpu_memory_utilization": scale.engine_memory,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": scale.tensor_parallel,
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": micro,
         "actor_rollout_ref.rollout.seed": noise,
@@ -113,8 +103,8 @@ def overrides(
         "trainer.nnodes": resources.nodes,
         "trainer.n_gpus_per_node": resources.gpus,
         "trainer.total_epochs": 1,
-        "trainer.total_training_steps": plan.iterations,
-        "trainer.save_freq": plan.checkpoint_every,
+        "trainer.total_training_steps": setting.iterations,
+        "trainer.save_freq": setting.checkpoint_every,
         "trainer.test_freq": -1,
         "trainer.val_before_train": False,
         "trainer.resume_mode": "auto",
@@ -123,7 +113,7 @@ def overrides(
         "trainer.max_critic_ckpt_to_keep": 2,
         "trainer.checkpoint_callback_class": "cppo.integrations.verl.KeepWeights",
         "trainer.project_name": "cppo-bench",
-        "trainer.experiment_name": f"{run.label}-{run.id}",
+        "trainer.experiment_name": f"{run.rule_name}-{run.id}",
         "trainer.logger": ["console", "file", *report_to],
         # Through Ray, because the trainer may run on any node.
         **{f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}": value for name, value in environment.items()},
@@ -146,9 +136,9 @@ def overrides(
     return found
 
 
-def _engine(key: str, plan: Setting) -> dict[str, Any]:
+def _engine(key: str, setting: Setting) -> dict[str, Any]:
     """Sharding and precision: weights and optimiser state in float32, passes in the setting's precision."""
-    scale = plan.scale
+    scale = setting.scale
     assert scale is not None
     if scale.sharding == "megatron":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -168,12 +158,12 @@ def _engine(key: str, plan: Setting) -> dict[str, Any]:
     return found
 
 
-def _optimizer(key: str, plan: Setting, lr: float) -> dict[str, Any]:
+def _optimizer(key: str, setting: Setting, lr: float) -> dict[str, Any]:
     """AdamW; verl counts the warm-up in rollouts, from learning rate 0."""
-    how = plan.optimizer
+    how = setting.optimizer
     return {
         f"{key}.lr": lr,
-        f"{key}.lr_warmup_steps": how.warmup_updates // plan.rollout.updates,
+        f"{key}.lr_warmup_steps": how.warmup_updates // setting.rollout.updates,
         f"{key}.betas": list(how.betas),
         f"{key}.weight_decay": how.weight_decay,
         f"{key}.clip_grad": how.grad_clip,
@@ -188,22 +178,22 @@ def _states(key: str) -> dict[str, Any]:
 
 def _critic(run: RunConfig, base: Path, micro: int, noise: int) -> dict[str, Any]:
     """PPO's value model, on the same GPUs as the policy."""
-    plan = run.plan
-    assert plan.scale is not None
-    megatron = plan.scale.sharding == "megatron"
+    setting = run.setting
+    assert setting.scale is not None
+    megatron = setting.scale.sharding == "megatron"
     engine = "critic.megatron" if megatron else "critic.fsdp"
     return {
-        "algorithm.gamma": plan.critic.gamma,
-        "algorithm.lam": plan.critic.lam,
+        "algorithm.gamma": setting.critic.gamma,
+        "algorithm.gae_lambda": setting.critic.gae_lambda,
         "critic.model.path": base.resolve(),
-        "critic.model.enable_gradient_checkpointing": plan.scale.gradient_checkpointing,
+        "critic.model.enable_gradient_checkpointing": setting.scale.gradient_checkpointing,
         "critic.ppo_micro_batch_size_per_gpu": micro,
-        "critic.cliprange_value": plan.critic.value_clip,
+        "critic.cliprange_value": setting.critic.value_clip,
         "critic.loss_agg_mode": "token-mean",
         f"{engine}.seed": noise,
         **({} if megatron else {"critic.strategy": "fsdp2"}),
-        **_engine(engine, plan),
-        **_optimizer("critic.optim", plan, plan.optimizer.lr * plan.critic.lr_factor),
+        **_engine(engine, setting),
+        **_optimizer("critic.optim", setting, setting.optimizer.lr * setting.critic.lr_factor),
     }
 
 

@@ -1,10 +1,10 @@
-"""Engine verl: a run that verl 0.9.1 trains on a Ray cluster, and its results in this repository's schema.
+"""Trainer verl: a run that verl 0.9.1 trains on a Ray cluster, and its results in this repository's schema.
 
 `train` writes the run's prompts as parquet, runs `command` (verl's own entry point with our objective, see `verl.py`) and
 collects verl's metrics and weights, so that evaluation, tables and figures read the run like any other.
 verl itself is never imported: its environment is another one ($CPPO_VERL_PYTHON).
 
-What verl cannot do is refused by `check_plan` and `check_objective` when the suite is loaded. Left out: drift by position
+What verl cannot do is refused by `cppo.integrations.verl_checks` when the suite is loaded. Left out: drift by position
 and token dumps (verl keeps no tokens for us), and stopping at a collapse (verl skips a non-finite update and goes on).
 
 A run's folder holds, besides the usual files, verl/: train.parquet, log-N.jsonl (verl's metrics, one file an attempt,
@@ -22,11 +22,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from cppo.integrations.verl_command import VERSION, command, on_cluster, verl_python
-from cppo.suite.config import MathTask, Resources, RunConfig
-from cppo.system.files import whole_folder, write_whole
+from cppo.results.provenance import provenance
+from cppo.results.run_folder import RunFolder, Status
+from cppo.suite.config import Resources, RunConfig
+from cppo.system.files import write_atomic
 from cppo.system.interrupts import Interrupted, Terminated
-from cppo.tasks.types import Problem
+from cppo.tasks.types import Problem, TextTask
+from cppo.training.batches import problem_order
 
 PACKAGES = ("verl", "vllm", "ray", "torch", "transformers", "math-verify")
 """What the environment of `verl_python` must hold, besides this package."""
@@ -75,18 +80,17 @@ def train(
     SIGTERM ends verl, whose last saved state stays, by `Interrupted`. Raises ValueError when verl is not installed, ends
     before the last iteration, or the saved state is of another version of the code or of a package.
     """
-    from cppo.results.provenance import provenance
-    from cppo.training.train import begin
-
-    if (folder / "DONE").is_file():
+    run_folder, work = RunFolder(folder), folder / "verl"
+    if run_folder.done:
         return
-    versions, work = installed(verl_python()), folder / "verl"
+    versions = installed(verl_python())
     words = on_cluster(command(run, resources, base, folder, report_to, len(_logs(folder))), resources)
-    begin(run, folder, work / "latest_checkpointed_iteration.txt", provenance() | versions)
+    begun = (work / "latest_checkpointed_iteration.txt").exists()
+    run_folder.begin(run, provenance() | versions, begun)
     work.mkdir(exist_ok=True)
     write_prompts(run, problems, work / "train.parquet")
     _watch(words, folder)
-    collect(run, folder)
+    collect(run, run_folder)
 
 
 def _watch(words: list[str], folder: Path) -> None:
@@ -131,21 +135,16 @@ def installed(python: str) -> dict[str, str]:
 
 def write_prompts(run: RunConfig, problems: tuple[Problem, ...], path: Path) -> None:
     """Every prompt of the run in order, in verl's schema: the problems and their order are those of any other engine."""
-    import pandas as pd
-
-    from cppo.tasks.prompts import wording
-    from cppo.training.batches import problem_order
-
-    task, prompts = run.plan.task, run.plan.rollout.prompts
-    assert isinstance(task, MathTask)
+    task, prompts = run.setting.task, run.setting.rollout.prompts
+    assert isinstance(task, TextTask)
     rows: list[dict[str, Any]] = []
-    for iteration in range(run.plan.iterations):
-        for i in problem_order(len(problems), prompts, iteration, run.setting, run.seed):
+    for iteration in range(run.setting.iterations):
+        for i in problem_order(len(problems), prompts, iteration, run.setting_name, run.seed):
             asked = problems[i]
             rows.append(
                 {
                     "data_source": asked.source,
-                    "prompt": [{"role": "user", "content": wording(task, asked.question)}],
+                    "prompt": [{"role": "user", "content": task.wording(asked.question)}],
                     "reward_model": {"style": "rule", "ground_truth": asked.answer},
                     "extra_info": {"index": len(rows), "id": asked.id},
                 }
@@ -153,21 +152,21 @@ def write_prompts(run: RunConfig, problems: tuple[Problem, ...], path: Path) -> 
     pd.DataFrame(rows).to_parquet(path)
 
 
-def collect(run: RunConfig, folder: Path) -> None:
+def collect(run: RunConfig, folder: RunFolder) -> None:
     """Turn verl's metrics and weights into the run directory's streams, checkpoints and DONE.
 
     Raises ValueError when iterations are missing.
     """
-    keep_weights(folder)
-    found: dict[int, dict[str, Any]] = {}
-    for log in _logs(folder):  # a later attempt repeats what was not saved
+    keep_weights(folder.path)
+    logged: dict[int, dict[str, Any]] = {}
+    for log in _logs(folder.path):  # a later attempt repeats what was not saved
         whole = log.read_text().rpartition("\n")[0]  # a killed one may end in half a line
-        found |= {row["step"]: row["data"] for row in map(json.loads, whole.splitlines())}
-    total = run.plan.iterations
-    missing = sorted(set(range(1, total + 1)) - set(found))
+        logged |= {row["step"]: row["data"] for row in map(json.loads, whole.splitlines())}
+    total = run.setting.iterations
+    missing = sorted(set(range(1, total + 1)) - set(logged))
     if missing:
-        raise ValueError(f"{folder}: verl logged no iteration {missing[0]} of {total}; run it again to continue")
-    rows = [found[iteration] for iteration in range(1, total + 1)]
+        raise ValueError(f"{folder.path}: verl logged no iteration {missing[0]} of {total}; run it again to continue")
+    rows = [logged[iteration] for iteration in range(1, total + 1)]
     streams: dict[str, list[dict[str, Any]]] = {
         "metrics": [{"iteration": i, **metrics(run, row)} for i, row in enumerate(rows, 1)],
         "timings": [{"iteration": i, **timings(run, row)} for i, row in enumerate(rows, 1)],
@@ -175,10 +174,8 @@ def collect(run: RunConfig, folder: Path) -> None:
         "tokens": [],
     }
     for name, lines in streams.items():
-        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    collapsed = collapse(run, [row["actor/grad_norm"] for row in rows])
-    status = "finished" if collapsed is None else f"collapsed at step {collapsed}"
-    write_whole(folder / "DONE", json.dumps({"status": status, "iterations": total}) + "\n")
+        write_atomic(folder.stream(name), "".join(json.dumps(line) + "\n" for line in lines))
+    folder.finish(Status(total, collapse(run, [row["actor/grad_norm"] for row in rows])))
 
 
 def metrics(run: RunConfig, row: Mapping[str, Any]) -> dict[str, float | None]:
@@ -189,7 +186,7 @@ def metrics(run: RunConfig, row: Mapping[str, Any]) -> dict[str, float | None]:
         if f"{key}_count" in row:
             count = row[f"{key}_count"]
             found[name] = row[f"{key}_sum"] / count if count else None
-    plan = run.plan.rollout
+    plan = run.setting.rollout
     if not plan.overlong_buffer:  # verl logs the shaped reward only
         found["accuracy"] = found["reward"]
     # verl's clip_ratio is the share of the batch's longest responses, whatever their length.
@@ -200,7 +197,7 @@ def metrics(run: RunConfig, row: Mapping[str, Any]) -> dict[str, float | None]:
 
 def timings(run: RunConfig, row: Mapping[str, Any]) -> dict[str, float]:
     """One iteration's response tokens, seconds by phase, and tokens a second of the two phases that handle every token."""
-    plan = run.plan.rollout
+    plan = run.setting.rollout
     tokens = round(row["response_length/mean"] * plan.prompts * plan.responses)
     seconds = {ours: row[theirs] for ours, theirs in TIMINGS.items() if theirs in row}
     rates = {f"{phase}_tokens_per_second": tokens / seconds[phase] for phase in ("rollout", "update")}
@@ -212,7 +209,7 @@ def collapse(run: RunConfig, norms: Sequence[float | None]) -> int | None:
 
     norms: the mean over each iteration's updates; None (how verl writes NaN) counts for all of them.
     """
-    needed, row = math.ceil(run.plan.collapse_after / run.plan.rollout.updates), 0
+    needed, row = math.ceil(run.setting.collapse_after / run.setting.rollout.updates), 0
     for iteration, norm in enumerate(norms, 1):
         row = 0 if norm is not None and math.isfinite(norm) else row + 1
         if row == needed:
@@ -221,14 +218,15 @@ def collapse(run: RunConfig, norms: Sequence[float | None]) -> int | None:
 
 
 def keep_weights(folder: Path) -> None:
-    """Give verl's Hugging Face weights a second name under checkpoints/: verl deletes all but its last two states."""
+    """Give verl's Hugging Face weights a second name among the run's checkpoints: verl deletes all but its last two states."""
+    run_folder = RunFolder(folder)
     for state in (folder / "verl").glob("global_step_*"):
         # verl's FSDP and Megatron have different layouts.
         places = [state / "actor" / "huggingface", state / "actor" / "model" / "huggingface"]
         weights = next((place for place in places if any(place.glob("*.safetensors"))), None)
-        final = folder / "checkpoints" / f"step-{state.name.removeprefix('global_step_')}"
-        if weights is not None and not final.exists():
-            with whole_folder(final) as partial:
+        iteration = int(state.name.removeprefix("global_step_"))
+        if weights is not None and not run_folder.checkpoint(iteration).exists():
+            with run_folder.new_checkpoint(iteration) as partial:
                 shutil.copytree(weights, partial, copy_function=os.link, dirs_exist_ok=True)
 
 

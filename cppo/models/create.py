@@ -1,5 +1,7 @@
-"""The embedded suite's models and tokenizer: real architectures made small."""
+"""Models and tokenizers of generated task families: real architectures made small."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,26 +17,30 @@ from transformers import (
 
 from cppo.suite.config import Model
 from cppo.system.seeds import seed
-from cppo.tasks.chain import SPECIAL, VOCABULARY
+from cppo.tasks.types import SPECIAL
 
 PAD, EOS, UNK = range(3)
 
 
-
-def create_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded suite's tokenizer: a character a token, and one token for the opening of the box."""
-    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate(VOCABULARY)}, unk_token=SPECIAL[UNK]))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
+def create_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are these texts, in the order of their ids, the special ones first. Longer texts are matched
+    first."""
+    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=SPECIAL[UNK]))
+    longer = sorted((text for text in vocabulary[len(SPECIAL) :] if len(text) > 1), key=len, reverse=True)
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, longer), "."])), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=SPECIAL[PAD], eos_token=SPECIAL[EOS], unk_token=SPECIAL[UNK]
     )
 
 
-def create_model(model: Model, setting: str) -> PreTrainedModel:
-    """A freshly initialised model of a real architecture, float32, with the weights of this setting's seed."""
+def create_model(model: Model, setting_name: str, vocabulary: int) -> PreTrainedModel:
+    """A freshly initialised model of a real architecture, float32, with the weights of this setting's seed.
+
+    vocabulary: the number of tokens.
+    """
     shape: dict[str, Any] = {
-        "vocab_size": len(VOCABULARY),
+        "vocab_size": vocabulary,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
@@ -51,7 +57,7 @@ def create_model(model: Model, setting: str) -> PreTrainedModel:
         "dtype": "float32",
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("weights", setting))
+        torch.manual_seed(seed("weights", setting_name))
         if model.architecture == "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**shape))
         return Qwen3MoeForCausalLM(

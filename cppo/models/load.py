@@ -14,8 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cppo.suite.config import Scale
 from cppo.system.files import read_json
 
+PROBED_TOKENS = 8
+"""Tokens on which a loaded model's logits are compared with a plain linear head's."""
+HEAD_TOLERANCE = 1e-3
+"""Largest error of that comparison, relative to the largest logit."""
 
 
 def save_pretrained(
@@ -38,9 +43,30 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
     check_harmless(folder)
     model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, use_safetensors=True)
     assert isinstance(model, PreTrainedModel)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
+    check_head(model, folder)
     return model
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, folder: Path) -> None:
+    """ValueError unless the model's logits are its last hidden states times its output head's weight.
+
+    The trainer and the torch engine apply the head themselves, in chunks. Some architectures scale the logits (Granite), cap
+    them softly (Gemma 2) or shift them by a bias: they would be trained, sampled and scored as another model, and every comparison
+    between trainer and engine would agree.
+    """
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
+    ids = torch.arange(PROBED_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
+    own = model(input_ids=ids).logits.float()
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    error = float((torch.nn.functional.linear(hidden, head.weight).float() - own).abs().max())
+    if not error <= HEAD_TOLERANCE * max(float(own.abs().max()), 1.0):
+        raise ValueError(
+            f"{folder}: its logits differ by {error:.2g} from the last hidden states times the output head's weight (scaling or "
+            "soft-capping), which is not supported; take a checkpoint of another architecture"
+        )
 
 
 def check_harmless(folder: Path) -> None:
@@ -106,3 +132,8 @@ def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
         if "trust_remote_code" in str(error):
             reason = "it wants code of its own run (auto_map), which is never done; take one that transformers knows by itself"
         raise ValueError(f"{folder}: not a loadable checkpoint: {reason}") from None
+
+
+def device_of(scale: Scale | None) -> torch.device:
+    """Where a single process of such a setting computes: a GPU where there is one and the setting has a `scale`."""
+    return (scale is not None and torch.accelerator.current_accelerator(check_available=True)) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Causal language models as policies: make, load, and read the statistics that training needs.
+"""Log-probabilities of sampled tokens under a causal language model, in memory that does not grow with the vocabulary.
 
 Legend: B rows, L prompt + response tokens, T response tokens, N trained tokens, H hidden width, V vocabulary, K top-K.
 """
@@ -20,7 +20,7 @@ PAD = 0
 CHUNK_ELEMENTS = 2**25
 
 
-class Statistics(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """The policy at sampled tokens, float32; values outside the mask are 0. A tuple: FSDP2 finds the tensors in one."""
 
     logp: Tensor
@@ -57,7 +57,7 @@ def response_hidden(model: PreTrainedModel, prompts: Sequence[Sequence[int]], re
     return at_responses
 
 
-def statistics(
+def token_logprobs(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     responses: Tensor,
@@ -66,7 +66,7 @@ def statistics(
     topk_ids: Tensor | None = None,
     top_k: int = 0,
     full: bool = False,
-) -> Statistics:
+) -> TokenLogprobs:
     """Log-probabilities, entropy and top-K log-probabilities of the policy at sampled tokens.
 
     prompts: B lists of ids; responses [B, T] ids and mask [B, T] bool, on the model's device; topk_ids [B, T, K]: ids to
@@ -79,7 +79,7 @@ def statistics(
     hidden = response_hidden(model, prompts, responses)[mask]  # [N, H]
     ids = topk_ids[mask].long() if topk_ids is not None else None
     given = (hidden, head.weight, responses[mask], temperature, ids, top_k, full)
-    columns = TokenStatistics.apply(*given)  # type: ignore[no-untyped-call]
+    columns = TokenLogprobsFunction.apply(*given)  # type: ignore[no-untyped-call]
 
     def scatter(values: Tensor) -> Tensor:
         out = values.new_zeros(*mask.shape, *values.shape[1:])
@@ -87,11 +87,11 @@ def statistics(
 
     logp, entropy, *rest = (scatter(c) for c in columns)
     found_ids, topk = (rest.pop(0), rest.pop(0)) if topk_ids is not None or top_k else (None, None)
-    return Statistics(logp, entropy, found_ids, topk, rest.pop(0) if full else None)
+    return TokenLogprobs(logp, entropy, found_ids, topk, rest.pop(0) if full else None)
 
 
-class TokenStatistics(torch.autograd.Function):
-    """Statistics of N tokens from hidden states and the output head's weight, in chunks, forward and backward.
+class TokenLogprobsFunction(torch.autograd.Function):
+    """What `TokenLogprobs` holds, of N tokens, from hidden states and the output head's weight, in chunks, forward and backward.
 
     `apply(hidden [N, H], weight [V, H], sampled [N], temperature, ids [N, K] or None, top_k, full)` gives log-probability
     [N] (the only differentiable output) and entropy [N]; with `ids` or `top_k` also ids and log-probabilities [N, K]; with

@@ -15,7 +15,7 @@ from cppo.objectives import prefix as prefix
 from cppo.objectives import ratio as ratio
 from cppo.objectives import sequence as sequence
 from cppo.objectives import smooth as smooth
-from cppo.objectives.registry import Objective, names, objective, register, settings_of, spec
+from cppo.objectives.registry import Objective, names, objective, params_of, register, spec
 from cppo.objectives.types import Reason, Terms, Tokens
 
-__all__ = ["Objective", "Reason", "Terms", "Tokens", "names", "objective", "register", "settings_of", "spec"]
+__all__ = ["Objective", "Reason", "Terms", "Tokens", "names", "objective", "params_of", "register", "spec"]

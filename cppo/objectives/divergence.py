@@ -3,7 +3,7 @@
 Both keep every update that moves the ratio toward one, A_t (rho_t - 1) <= 0, and test the others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def divergence_of(tokens: Tokens) -> Tensor:
 
 @dataclass(frozen=True)
 class DPPO:
-    """Settings of `dppo`."""
+    """Parameters of `dppo`."""
 
     delta: float = 0.15
     """Largest divergence of a token whose update moves its ratio away from one."""
@@ -37,7 +37,7 @@ class DPPO:
         positive(delta=self.delta, cap=self.cap)
 
 
-@register(divergence=True)
+@register(needs=("divergence",))
 def dppo(cfg: DPPO, tokens: Tokens) -> Terms:
     """One divergence threshold for every token: keep iff D_t <= delta.
 
@@ -50,7 +50,7 @@ def dppo(cfg: DPPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class CPPO:
-    """Settings of `cppo`; the defaults are the paper's for a dense Base model (Table 3)."""
+    """Parameters of `cppo`; the defaults are the paper's for a dense Base model (Table 3)."""
 
     delta: float = 0.15
     """Largest weighted divergence w_t D_t of one token."""
@@ -65,7 +65,8 @@ class CPPO:
     clamp_factor: float = 2.0
     """Upper limit of the adaptive budget in units of delta_b (the paper: 2; a later verl pull request: 5)."""
     span: int | None = None
-    """Length over which the weights fall to w_min; null = the response's own length, a number = a padded horizon."""
+    """Length over which the weights fall to w_min, where they stay; null = the response's own length, a number = a padded
+    horizon."""
     shuffle: bool = False
     """Ablation: take each token's weight from `Tokens.position` instead of its own position."""
     soft: bool = False
@@ -82,7 +83,10 @@ class CPPO:
             raise ValueError(f"clamp_factor: {self.clamp_factor} must be at least 1")
 
 
-@register(divergence=True)
+@register(
+    needs=lambda cfg: ("divergence", "position") if cfg.shuffle else ("divergence",),
+    traces=("weighted", "prefix_threshold", "threshold", "delta_b"),
+)
 def cppo(cfg: CPPO, tokens: Tokens) -> Terms:
     """Position-weighted threshold plus a cumulative prefix budget: keep iff w_t D_t <= c_t.
 
@@ -97,14 +101,21 @@ def cppo(cfg: CPPO, tokens: Tokens) -> Terms:
     toward = toward_one(tokens)
     keep = toward | affordable
     reason = torch.where(within, int(Reason.BUDGET), int(Reason.THRESHOLD))
-    terms = hard_gate(weighted_logp(tokens, cfg.cap), keep, reason)
+    traces = {
+        "weighted": sums.weighted,
+        "prefix_threshold": cfg.delta + sums.allowed - sums.used,
+        "threshold": sums.threshold,
+    }
+    if cfg.delta_b is not None:
+        traces["delta_b"] = sums.delta_b
+    terms = replace(hard_gate(weighted_logp(tokens, cfg.cap), keep, reason), traces=traces)
     if not cfg.soft:
         return terms
     excess = sums.weighted / cfg.delta
     if cfg.delta_b is not None:
         excess = torch.maximum(excess, (sums.used + sums.weighted) / (cfg.delta + sums.allowed))
     below_one = 1 - torch.finfo(excess.dtype).eps  # rounding can give x_t = 1 where w_t D_t is a hair above c_t
-    return Terms(terms.surrogate, torch.where(keep, 1, (1 / excess.clamp(min=1)).clamp(max=below_one)), terms.reason)
+    return replace(terms, gate=torch.where(keep, 1, (1 / excess.clamp(min=1)).clamp(max=below_one)))
 
 
 def exclusive_cumsum(x: Tensor) -> Tensor:
@@ -129,20 +140,16 @@ class PrefixSums:
 
 
 def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
-    """Weights, exclusive prefix sums and thresholds of CPPO (Eq. 8-10, 22), in at least float32.
-
-    Raises ValueError when `shuffle` is set without `Tokens.position`.
-    """
+    """Weights, exclusive prefix sums and thresholds of CPPO (Eq. 8-10, 22), in at least float32."""
     mask, divergence = tokens.mask, divergence_of(tokens)
     length = mask.sum(-1, keepdim=True)
     position = mask.cumsum(-1)
     if cfg.shuffle:
-        if tokens.position is None:
-            raise ValueError("cppo with shuffle=True needs tokens.position: a permutation of 1..T_i for each response")
+        assert tokens.position is not None  # declared as a need
         position = tokens.position
     span = length if cfg.span is None else cfg.span * torch.ones_like(length)
     # Divided in the divergence's precision (two integers would divide in float32); T = 1 gives w_1 = 1.
-    fraction = (position - 1).to(divergence.dtype) / (span - 1).clamp(min=1)
+    fraction = ((position - 1).to(divergence.dtype) / (span - 1).clamp(min=1)).clamp(max=1)
     weight = torch.where(mask, 1 - (1 - cfg.w_min) * fraction, 0)
     weighted = weight * divergence
     if cfg.delta_b is None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cppo.loss import Aggregation, Metrics, batch_denominator, policy_loss
 from cppo.objectives import Objective, Reason, Terms, Tokens
+from cppo.objectives.registry import NEEDS
 from cppo.objectives.types import padded_like
 
 MODES: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -28,7 +29,16 @@ Result = tuple[Tensor, Tensor, Metrics]
 
 def example() -> Tokens:
     """A float64 batch of 8 responses: full, with holes, single tokens, empty; small and large drift, A of every sign."""
-    patterns = "1111111111 0011111100 1101101100 1000000000 0000000000 0000010000 1111111000 1010101010".split()
+    patterns = [
+        "1111111111",
+        "0011111100",
+        "1101101100",
+        "1000000000",
+        "0000000000",
+        "0000010000",
+        "1111111000",
+        "1010101010",
+    ]
     mask = torch.tensor([[c == "1" for c in pattern] for pattern in patterns])
     g = torch.Generator().manual_seed(1)
 
@@ -306,7 +316,7 @@ def gates_are_shares_with_a_reason(rule: Objective, tokens: Tokens = EXAMPLE) ->
     for dtype in (torch.float32, torch.float64):
         copy = each_field(cast(tokens, dtype), torch.clone)
         leaf = replace(copy, logp=copy.logp.requires_grad_())
-        raw = rule.spec.function(rule.settings, padded_like(leaf))  # `Objective` would hide a gradient of the gate
+        raw = rule.spec.function(rule.params, padded_like(leaf))  # `Objective` would hide a gradient of the gate
         require(not raw.gate.requires_grad, "the gate carries a gradient, which would be dropped: detach the ratio")
         terms = terms_of(rule, cast(tokens, dtype))
         require(((terms.gate >= 0) & (terms.gate <= 1)).all(), f"{dtype}: a gate is outside [0, 1]")
@@ -322,7 +332,7 @@ def inputs_are_not_modified(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
     inner = padded_like(given)  # what the rule itself gets
     inner_before = each_field(inner, torch.clone)
     rule(given)
-    rule.spec.function(rule.settings, inner)
+    rule.spec.function(rule.params, inner)
     for name, then in vars(before).items():
         if then is not None:
             unchanged = torch.equal(getattr(given, name).nan_to_num(), then.nan_to_num())
@@ -354,11 +364,11 @@ def equal_inputs_give_equal_terms(rule: Objective, tokens: Tokens = EXAMPLE) -> 
     require_equal_terms(terms_of(rule, tokens), terms_of(rule, tokens), "called again")
 
 
-def divergence_is_read_as_registered(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
-    """A rule registered without `divergence=True` does not read `Tokens.divergence`."""
-    if not rule.spec.divergence:
-        without = replace(tokens, divergence=None)
-        require_equal_terms(terms_of(rule, without), terms_of(rule, tokens), "without tokens.divergence")
+def inputs_are_read_as_declared(rule: Objective, tokens: Tokens = EXAMPLE) -> None:
+    """A rule reads no more of `Tokens` than its `needs` declare."""
+    for name in sorted(NEEDS.keys() - rule.needs):
+        without = replace(tokens, **{name: None})  # type: ignore[arg-type]
+        require_equal_terms(terms_of(rule, without), terms_of(rule, tokens), f"without tokens.{name}")
 
 
 Law = Callable[..., None]
@@ -384,7 +394,7 @@ LAWS: dict[str, Law] = {
         inputs_are_not_modified,
         only_logp_is_differentiated,
         equal_inputs_give_equal_terms,
-        divergence_is_read_as_registered,
+        inputs_are_read_as_declared,
     )
 }
 

@@ -12,7 +12,7 @@ from cppo.objectives.types import Terms, Tokens
 
 @dataclass(frozen=True)
 class MinPRO:
-    """Settings of `minpro`."""
+    """Parameters of `minpro`."""
 
     clip_low: float | None = None
     """Raise weights below 1 - clip_low to it; null = no floor (a floor undoes the suppression by the prefix)."""

@@ -56,7 +56,7 @@ def positive(**values: float | None) -> None:
 
 @dataclass(frozen=True)
 class GPG:
-    """Settings of `gpg`: none."""
+    """Parameters of `gpg`: none."""
 
 
 @register()
@@ -70,7 +70,7 @@ def gpg(cfg: GPG, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class PG:
-    """Settings of `pg`."""
+    """Parameters of `pg`."""
 
     cap: float | None = 20.0
     """Largest importance weight; null = the differentiable, uncapped ratio."""
@@ -91,7 +91,7 @@ def pg(cfg: PG, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class PPO:
-    """Settings of `ppo`."""
+    """Parameters of `ppo`."""
 
     clip_low: float | None = 0.2
     """Clip below 1 - clip_low; null = no lower clip."""
@@ -122,7 +122,7 @@ def ppo(cfg: PPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class GRPO(PPO):
-    """Settings of `grpo`."""
+    """Parameters of `grpo`."""
 
     clip_high: float | None = 0.28
     """Clip above 1 + clip_high (Clip-Higher); null = no upper clip."""
@@ -140,7 +140,7 @@ def grpo(cfg: GRPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class CISPO:
-    """Settings of `cispo`."""
+    """Parameters of `cispo`."""
 
     clip_low: float | None = None
     """Raise weights below 1 - clip_low to it; null = no floor."""

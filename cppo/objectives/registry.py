@@ -1,8 +1,8 @@
-"""The registry: an objective is one pure function `(cfg, tokens) -> Terms` and one frozen dataclass of settings.
+"""The registry: an objective is one pure function `(cfg, tokens) -> Terms` and one frozen dataclass of parameters.
 
 @dataclass(frozen=True)
 class Mine:
-    '''Settings of `mine`.'''
+    '''Parameters of `mine`.'''
     limit: float = 0.1
     '''Largest log-ratio that is trained.'''
 
@@ -14,11 +14,9 @@ objective("my_module:mine", limit=0.2)(tokens)        # by import path
 """
 
 import dataclasses
-import importlib
 import inspect
-import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,43 +24,64 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from cppo.objectives.types import Reason, Terms, Tokens, padded_like
+from cppo.system.plugins import Registry
 
 Rule = Callable[[Any, Tokens], Terms]
+NEEDS = {
+    "divergence": "tokens.divergence: compute one with cppo.divergences",
+    "position": "tokens.position: a permutation of 1..T_i for each response",
+}
+"""What an objective may declare that it needs besides log-probabilities and advantages -> what to give it."""
+Needs = Iterable[str] | Callable[[Any], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A registered rule: its function, its settings class, and whether it reads `Tokens.divergence`."""
+    """A registered objective."""
 
     name: str
     function: Rule
-    settings: type
-    divergence: bool
+    params: type
+    """The class of its parameters."""
+    needs: Needs
+    """Names in `NEEDS`, or a function of the parameters that gives them."""
+    traces: tuple[str, ...]
+    """Names that `Terms.traces` may have."""
+
+    def needs_of(self, params: Any) -> frozenset[str]:
+        """What it needs with these parameters."""
+        found = frozenset(self.needs(params) if callable(self.needs) else self.needs)
+        assert found <= NEEDS.keys(), f"objective {self.name}: unknown needs {sorted(found - NEEDS.keys())}"
+        return found
 
 
-_REGISTRY: dict[str, Spec] = {}
+_REGISTRY: Registry[Spec] = Registry("objective", "@register()")
 
 
-def register(divergence: bool = False) -> Callable[[Rule], Rule]:
-    """Register a function under its own name. `divergence`: whether the rule reads `Tokens.divergence`.
+def register(needs: Needs = (), traces: Iterable[str] = ()) -> Callable[[Rule], Rule]:
+    """Register a function under its own name.
 
-    Raises ValueError when the first parameter is not annotated with a frozen dataclass, or another function already
-    has the name.
+    needs: what the rule reads besides log-probabilities and advantages, names in `NEEDS`, or a function of its parameters
+        that gives them. A trainer that cannot give it refuses the rule by name of what is missing.
+    traces: names of the quantities that the rule may show in `Terms.traces`.
+
+    Raises ValueError when the first parameter is not annotated with a frozen dataclass, a need is unknown, or another
+    function already has the name.
     """
 
     def decorate(function: Rule) -> Rule:
         name = function.__name__
         hints = typing.get_type_hints(function)
         first = next(iter(inspect.signature(function).parameters), "")
-        settings = hints.get(first)
-        if not (isinstance(settings, type) and dataclasses.is_dataclass(settings) and _frozen(settings)):
-            raise ValueError(f"objective {name}: annotate its first parameter with a frozen dataclass of settings")
-        known = _REGISTRY.get(name)
-        if known is not None and known.function.__module__ != function.__module__:
+        params = hints.get(first)
+        if not (isinstance(params, type) and dataclasses.is_dataclass(params) and _frozen(params)):
+            raise ValueError(f"objective {name}: annotate its first parameter with a frozen dataclass of parameters")
+        fixed = needs if callable(needs) else tuple(needs)
+        if not callable(fixed) and not set(fixed) <= NEEDS.keys():
             raise ValueError(
-                f"objective {name}: already registered by {known.function.__module__}; choose another name"
+                f"objective {name}: needs {sorted(set(fixed) - NEEDS.keys())} is not among {', '.join(NEEDS)}"
             )
-        _REGISTRY[name] = Spec(name, function, settings, divergence)
+        _REGISTRY.add(function, Spec(name, function, params, fixed, tuple(traces)))
         return function
 
     return decorate
@@ -74,83 +93,85 @@ def _frozen(cls: Any) -> bool:
 
 def names() -> tuple[str, ...]:
     """Names of all registered objectives, sorted."""
-    return tuple(sorted(_REGISTRY))
+    return _REGISTRY.names()
 
 
 def spec(name: str) -> Spec:
-    """The registered rule called `name`, or the one at the import path "module:function".
+    """The registered objective called `name`, or the one at the import path "module:function".
 
     Raises ValueError when there is none.
     """
-    if ":" in name:
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-            raise ValueError(f"objective {name!r}: an import path reads 'package.module:function'")
-        module_name, _, name_there = name.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"objective {name!r}: {error}; is its folder on PYTHONPATH?") from None
-        function = getattr(module, name_there, None)
-        found = _REGISTRY.get(name_there)
-        if found is None or found.function is not function:
-            raise ValueError(
-                f"objective {name!r}: {module_name} has no function {name_there} decorated with @register()"
-            )
-        return found
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown objective {name!r}; known: {', '.join(names())}, or 'module:function' of your own")
-    return _REGISTRY[name]
+    return _REGISTRY.find(name)
 
 
-def settings_of(name: str, /, **values: object) -> Any:
-    """The settings dataclass of objective `name` with `values` over its defaults.
+def params_of(name: str, /, **values: object) -> Any:
+    """The parameters of objective `name`: `values` over the defaults of its dataclass, of exactly the annotated types.
 
-    Raises ValueError naming the setting that is unknown, of the wrong type or out of range.
+    Raises ValueError, beginning with the parameter's name, for one that is unknown, missing, of the wrong type or out of
+    range.
     """
-    cls = spec(name).settings
+    cls = spec(name).params
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{key}: unknown setting of objective {name}; known: {', '.join(known) or 'none'}")
+            raise ValueError(f"{key}: unknown parameter of objective {name}; known: {', '.join(known) or 'none'}")
         try:
-            values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
+            values[key] = TypeAdapter(hints[key], config={"allow_inf_nan": False}).validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(f"{key}: {value!r} of objective {name}: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"{key}: {value!r:.60} of objective {name}: {error.errors()[0]['msg']}") from None
+    for key, field in known.items():
+        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{key}: objective {name} has no default for it")
     return cls(**values)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A rule with its settings: call it on `Tokens` to get `Terms`."""
+    """An objective with its parameters: call it on `Tokens` to get `Terms`."""
 
     spec: Spec
-    settings: Any
+    params: Any
 
     @property
     def name(self) -> str:
+        """The function's name."""
         return self.spec.name
 
-    def __call__(self, tokens: Tokens) -> Terms:
-        """Apply the rule. Padding gets surrogate 0, gate 1 and reason KEPT, whatever it held.
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads besides log-probabilities and advantages: names in `NEEDS`."""
+        return self.spec.needs_of(self.params)
 
-        Raises ValueError for shapes that disagree, or a divergence rule without a divergence.
+    def __call__(self, tokens: Tokens) -> Terms:
+        """Apply the rule. Padding gets surrogate 0, gate 1 and reason KEPT, whatever it held; traces are 0 there.
+
+        Raises ValueError for shapes that disagree, or when something that the rule needs is not given.
         """
-        if self.spec.divergence and tokens.divergence is None:
-            raise ValueError(f"objective {self.name} needs tokens.divergence: compute one with cppo.divergences")
+        for need in sorted(self.needs):
+            if getattr(tokens, need) is None:
+                raise ValueError(f"objective {self.name} needs {NEEDS[need]}")
         tokens = padded_like(tokens)
-        terms = self.spec.function(self.settings, tokens)
+        terms = self.spec.function(self.params, tokens)
         mask = tokens.mask
+        undeclared = set(terms.traces) - set(self.spec.traces)
+        if undeclared:
+            raise ValueError(f"objective {self.name}: trace {min(undeclared)} is not among @register's traces")
+        rows = mask.any(-1)
         return Terms(
             surrogate=torch.where(mask, terms.surrogate, 0),
             gate=torch.where(mask, terms.gate.detach().to(tokens.logp.dtype), 1),
             reason=torch.where(mask, terms.reason, int(Reason.KEPT)),
+            traces={
+                name: torch.where(mask if trace.dim() == 2 else rows, trace.detach(), 0)
+                for name, trace in terms.traces.items()
+            },
         )
 
 
-def objective(name: str, /, **settings: object) -> Objective:
-    """The objective `name` (registered, or "module:function") with `settings` over its defaults.
+def objective(name: str, /, **params: object) -> Objective:
+    """The objective `name` (registered, or "module:function") with `params` over its defaults.
 
-    Raises ValueError for an unknown name or setting.
+    Raises ValueError for an unknown name or parameter.
     """
-    return Objective(spec(name), settings_of(name, **settings))
+    return Objective(spec(name), params_of(name, **params))

@@ -25,7 +25,7 @@ def mean_over(x: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GSPO:
-    """Settings of `gspo`."""
+    """Parameters of `gspo`."""
 
     clip_low: float | None = 3e-4
     """Clip below 1 - clip_low; null = no lower clip. About a thousandth of PPO's: sequence ratios are means."""
@@ -51,7 +51,7 @@ def gspo(cfg: GSPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class GMPO:
-    """Settings of `gmpo`."""
+    """Parameters of `gmpo`."""
 
     clip_low: float = 0.4
     """For A < 0, drop tokens with log rho below -clip_low."""
@@ -78,7 +78,7 @@ def gmpo(cfg: GMPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class TRM:
-    """Settings of `trm`."""
+    """Parameters of `trm`."""
 
     delta_max: float | None = 0.05
     """Largest token divergence of a kept response (TRM-Max); null = not tested."""
@@ -93,7 +93,7 @@ class TRM:
             raise ValueError("delta_max: one of delta_max and delta_mean is needed")
 
 
-@register(divergence=True)
+@register(needs=("divergence",))
 def trm(cfg: TRM, tokens: Tokens) -> Terms:
     """Drops the whole response when its largest (or mean) token divergence is too large, in either direction.
 

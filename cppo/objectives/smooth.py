@@ -14,7 +14,7 @@ from cppo.objectives.types import Terms, Tokens
 
 @dataclass(frozen=True)
 class SAPO:
-    """Settings of `sapo`."""
+    """Parameters of `sapo`."""
 
     tau_pos: float = 1.0
     """Sharpness of the gate for A > 0."""
@@ -40,7 +40,7 @@ def sapo(cfg: SAPO, tokens: Tokens) -> Terms:
 
 @dataclass(frozen=True)
 class DRPO:
-    """Settings of `drpo`."""
+    """Parameters of `drpo`."""
 
     delta: float = 12.5
     """Where the penalty's slope cancels the gain's; the release's 12.5 is nearly inert, 0.15 matches DPPO's threshold."""

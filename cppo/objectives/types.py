@@ -3,7 +3,8 @@
 Legend: B responses, T response tokens, right-padded, column 0 = first response token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
@@ -55,6 +56,9 @@ class Terms:
     """Share of the token's gradient to keep, in [0, 1]; no gradient of its own."""
     reason: Tensor
     """int64, a `Reason`; KEPT exactly where gate = 1."""
+    traces: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the rule wants shown, without gradient: name -> [B, T] (a threshold, a weighted divergence, ...), which token
+    dumps hold, or [B] (a budget, ...), whose mean over responses becomes a metric of that name."""
 
 
 def padded_like(tokens: Tokens) -> Tokens:

@@ -1,4 +1,4 @@
-"""From a number back to what made it: `show` prints a run's whole provenance, `verify` re-derives what is published."""
+"""From a number back to what made it: `show` prints a run's whole provenance, `verify` derives again what is published."""
 
 import filecmp
 import subprocess
@@ -10,11 +10,15 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from cppo.results.provenance import PACKAGES, code_version
+from cppo.numerics import NUMERICS_VERSION
+from cppo.objectives import objective
+from cppo.results.provenance import PACKAGES
+from cppo.results.run_folder import RunFolder
 from cppo.results.tables import SUMS, TABLES, as_csv, check, read_table
 from cppo.suite.config import BaseConfig, RunConfig, parse_run
 from cppo.system.files import read_json, sha256
 from cppo.system.seeds import seed
+from cppo.tasks.types import Axes
 
 
 def show(run: str, root: Path, results: Path) -> str:
@@ -24,12 +28,11 @@ def show(run: str, root: Path, results: Path) -> str:
     """
     places: list[tuple[str, dict[str, Any]]] = []  # where, provenance and status
     config: RunConfig | BaseConfig | None = None
-    for path in sorted(root.glob(f"*/*/{run}/config.json")):
-        config = parse_run(read_json(path), str(path))
-        row = read_json(path.with_name("provenance.json"))
-        done = path.with_name("DONE")
-        row["status"] = read_json(done)["status"] if done.is_file() else "not finished"
-        places.append((str(path.parent), row))
+    for path in sorted(root.glob(f"*/*/{run}")):
+        folder = RunFolder(path)
+        config = folder.config()
+        status = folder.status().state if folder.done else "not finished"
+        places.append((str(path), folder.provenance() | {"status": status}))
     for path in sorted(results.glob("*/configs.json")):
         configs = read_json(path)
         if run in configs:
@@ -41,13 +44,13 @@ def show(run: str, root: Path, results: Path) -> str:
         raise ValueError(f"{run}: no such run in {root}/ or {results}/; ids are in results/*/runs.csv")
     if config.id != run:
         raise ValueError(f"{places[-1][0]}: the configuration of {run} has hash {config.id}: it was edited")
-    label = f"{config.label}, setting {config.setting}, seed {config.seed}" if isinstance(config, RunConfig) else "base"
-    lines = [f"run         {run}: {label}"]
+    seeded = f", seed {config.seed}" if isinstance(config, RunConfig) else ""
+    lines = [f"run         {run}: {config.rule_name}, setting {config.setting_name}{seeded}"]
     for where, row in places:
         lines += [
             f"in          {where}",
             f"  status    {row['status']}",
-            f"  code      {row['code_version']} at commit {row['commit']} (this checkout: {code_version()})",
+            f"  numerics  version {row['numerics']} at commit {row['commit']} (this checkout: {NUMERICS_VERSION})",
             f"  packages  Python {row['python']}, " + ", ".join(f"{name} {row[name]}" for name in PACKAGES),
             f"  machine   {row['machine']}",
         ]
@@ -57,18 +60,15 @@ def show(run: str, root: Path, results: Path) -> str:
     return "\n".join([*lines, "config", *(f"  {line}" for line in body.splitlines())]) + "\n"
 
 
-def _first_seeds(config: RunConfig | BaseConfig) -> list[tuple[str | int, ...]]:
+def _first_seeds(config: RunConfig | BaseConfig) -> list[Axes]:
     """The axes of the first draw of each kind that the run's numbers depend on."""
-    setting, plan = config.setting, config.plan
-    benchmark = plan.task.benchmarks[0].name
-    found: list[tuple[str | int, ...]] = []
-    if plan.warm_start is not None:
-        found += [("weights", setting), ("problems", setting, "train"), ("table", setting), ("demonstrations", setting)]
+    name, task = config.setting_name, config.setting.task
+    found = task.first_seeds(name)
     if isinstance(config, RunConfig):
-        found += [("order", setting, config.seed, 0), ("rollout", setting, config.seed, 0)]
-        if config.objective.settings.get("shuffle", False):
-            found += [("shuffle", setting, config.seed, 1)]
-    return [*found, ("evaluate", setting, config.seed, benchmark, "<problem id>", 0)]
+        found += [("order", name, config.seed, 0), ("rollout", name, config.seed, 0)]
+        if "position" in objective(config.rule.objective, **config.rule.params).needs:
+            found += [("shuffle", name, config.seed, 1)]
+    return [*found, ("evaluate", name, config.seed, task.benchmarks[0].name, "<problem id>", 0)]
 
 
 def verify(folder: Path) -> list[str]:
@@ -90,15 +90,20 @@ def verify(folder: Path) -> list[str]:
             raise ValueError(f"{folder / name}.csv: differs from {name}.parquet; publish it again or restore it")
     printed = _redraw(folder)
     rows = {name: len(read_table(folder / f"{name}.csv", name)) for name in TABLES}
-    versions = ", ".join(sorted(set(read_table(folder / "runs.csv", "runs")["code_version"])))
     return [
         f"{len(sums)} files have the SHA-256 of their publication",
         f"{rows['runs']} runs: every id is the hash of its resolved configuration in configs.json",
-        f"code version {versions} in every row (this checkout: {code_version()})",
+        f"numerics version {published_numerics(folder)} in every row",
         "rows: " + ", ".join(f"{count} {name}" for name, count in rows.items()) + "; none missing, none twice",
         f"CSV and Parquet agree in {len(TABLES)} tables",
         f"made again from the rows, byte for byte: {', '.join(printed)}",
     ]
+
+
+def published_numerics(folder: Path) -> str:
+    """The numerics version of the published tables in `folder`, which `check` has found to be one."""
+    (version,) = set(read_table(folder / "runs.csv", "runs")["numerics"])
+    return str(version)
 
 
 def _sums(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cppo.system.files import sha256, whole_folder, writing
+from cppo.system.files import atomic_folder, sha256, writing
 
 KEPT = 2
 
@@ -27,7 +27,7 @@ def save_state(
 
     tensors: file name (without ending) -> tensors; info: anything that JSON can hold; streams: files that only grow.
     """
-    with whole_folder(root / f"{iteration:06d}") as folder:
+    with atomic_folder(root / f"{iteration:06d}") as folder:
         for name, content in tensors.items():
             save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
         sizes = {path.name: [path.stat().st_size, sha256(path)] for path in streams}

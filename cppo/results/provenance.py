@@ -1,34 +1,13 @@
-"""Which code, packages and files a number comes from."""
+"""Which code, packages and machine a number comes from."""
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 
-# Numbers depend on these parts of the package; plotting, tables and the command line are not among them.
-NUMERIC = (
-    "problems.py datasets.py prompts.py seeds.py policy.py rollout rewards.py verify_worker.py advantages.py critic.py"
-    " distributed.py batches.py divergences.py objectives loss.py diagnostics.py checkpoint.py train.py base.py lm_task.py"
-    " evaluate.py"
-).split()
+from cppo.numerics import NUMERICS_VERSION
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "math-verify", "sympy")
-
-
-def code_version() -> str:
-    """Ten hex digits of the SHA-256 of the modules that numbers depend on."""
-    return hash_files(Path(__file__).parent, NUMERIC)
-
-
-def hash_files(root: Path, names: Iterable[str]) -> str:
-    """One hash over these files, and the .py files in these folders, by name and content."""
-    digest = hashlib.sha256()
-    for name in names:
-        path = root / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:10]
 
 
 def commit() -> str:
@@ -47,9 +26,9 @@ def commit() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Code version, commit, Python, machine type and package versions; no host name, path or time."""
+    """Numerics version, commit, Python, machine type and package versions; no host name, path or time."""
     found = {
-        "code_version": code_version(),
+        "numerics": str(NUMERICS_VERSION),
         "commit": commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -24,10 +24,26 @@ from cppo.rewards import boxes
 
 VERDICTS = {10: 0.0, 11: 1.0, 12: None}
 """Exit code of a child -> what it found; other codes are an interpreter's that failed."""
-WARM_UP = (
-    r"\frac{1}{2} 0.5 \sqrt{2}+1 x^2+2x+1 (3,4) \{1,2\} [0,\infty) 2\pi \text{B} x=3 \binom{5}{2} 3! 10^{3} \dfrac12 1,000"
-    r" \begin{pmatrix}1&2\\3&4\end{pmatrix} 50\% 30^\circ"
-).split()
+WARM_UP = [
+    r"\frac{1}{2}",
+    r"0.5",
+    r"\sqrt{2}+1",
+    r"x^2+2x+1",
+    r"(3,4)",
+    r"\{1,2\}",
+    r"[0,\infty)",
+    r"2\pi",
+    r"\text{B}",
+    r"x=3",
+    r"\binom{5}{2}",
+    r"3!",
+    r"10^{3}",
+    r"\dfrac12",
+    r"1,000",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"50\%",
+    r"30^\circ",
+]
 """Answers of the usual kinds: the parser builds its tables as it goes, and children start with those of the parent."""
 
 
@@ -102,8 +118,29 @@ HARMLESS = re.compile(
 )
 """All that sympy hands to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
 FORBIDDEN = tuple(
-    "os.exec os.fork os.kill os.link os.mkdir os.posix_spawn os.putenv os.remove os.rename os.rmdir os.spawn os.symlink "
-    "os.system os.truncate ctypes. pickle. pty. shutil. socket. subprocess. urllib.".split()
+    [
+        "os.exec",
+        "os.fork",
+        "os.kill",
+        "os.link",
+        "os.mkdir",
+        "os.posix_spawn",
+        "os.putenv",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.spawn",
+        "os.symlink",
+        "os.system",
+        "os.truncate",
+        "ctypes.",
+        "pickle.",
+        "pty.",
+        "shutil.",
+        "socket.",
+        "subprocess.",
+        "urllib.",
+    ]
 )
 """Audit events (or their beginnings) that judging never causes."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

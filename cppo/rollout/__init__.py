@@ -1,1 +1,1 @@
-"""Rollouts: one protocol, and the engines that sample."""
+"""Rollouts: one protocol for what samples responses, and the engines that do."""

@@ -1,34 +1,30 @@
-"""Engines by name."""
+"""Rollout engines by name. A new engine is one module with a class, and one entry in `ENGINES`.
 
-from pathlib import Path
+Its class implements `cppo.rollout.types.Engine` and is constructed as `Class(checkpoint, policy, scale)`: the folder of the
+weights to begin with, the policy beside which it trains (None = it is alone on its GPU), and the setting's `scale`.
+"""
 
-from transformers import PreTrainedModel
-
-from cppo.rollout.types import Engine
-from cppo.suite.config import Scale
-from cppo.training.distributed import device_of
-
-ALONE = 0.9
-"""Share of a GPU's memory for an engine that no training shares it with."""
+from dataclasses import dataclass
 
 
-def engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel | None = None) -> Engine:
-    """The engine that `scale` asks for, with the checkpoint's weights; in training beside `policy`, else alone on its GPU.
+@dataclass(frozen=True)
+class EngineSpec:
+    """What is known of an engine before it is imported."""
 
-    Raises ValueError when vLLM is asked for and is not installed or does not start.
-    """
-    # Imported late: the engines import this module, and vLLM is installed only where a run asks for it.
-    if scale is None or scale.engine == "torch":
-        from cppo.models.load import load_pretrained
-        from cppo.rollout.torch_engine import TorchEngine
+    module: str
+    """Where its class is. It is imported only where a run asks for the engine, because its packages may be missing."""
+    name: str
+    """The class."""
+    full: bool
+    """Whether it can record whole distributions of mu."""
+    install: str
+    """How to install its packages."""
 
-        return TorchEngine(load_pretrained(checkpoint).to(device_of(scale)) if policy is None else policy)
-    try:
-        from cppo.rollout.vllm_engine import VllmEngine
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"scale.engine: {error.name} is not installed; docs/cluster.md, section vLLM, says how"
-        ) from None
-    if policy is None:
-        return VllmEngine(checkpoint, scale.precision, ALONE)
-    return VllmEngine(checkpoint, scale.precision, scale.vllm_memory, scale.vllm_gpus)
+
+ENGINES = {
+    "torch": EngineSpec("cppo.rollout.torch_engine", "TorchEngine", full=True, install="pip install cppo-bench"),
+    "vllm": EngineSpec(
+        "cppo.rollout.vllm_engine", "VllmEngine", full=False, install="docs/cluster.md, section vLLM, says how"
+    ),
+}
+"""Name in `scale.engine` -> the engine."""

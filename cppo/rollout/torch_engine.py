@@ -7,15 +7,17 @@ instead of a second forward pass.
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cppo.models.load import device_of, load_pretrained
 from cppo.rollout.sampling import end_tokens, sample
-from cppo.rollout.types import NOTHING, Record, Rollouts
-from cppo.training.distributed import Learner
+from cppo.rollout.types import SAMPLED_ONLY, Policy, Record, Rollouts
+from cppo.suite.config import Scale
 
 # Rows are dropped from the cache once so many are finished: each drop copies the cache.
 DROP_BELOW = 0.75
@@ -73,7 +75,12 @@ class TorchEngine:
         self.model = model
         self.ends = end_tokens(model.generation_config)
 
-    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+    @classmethod
+    def start(cls, checkpoint: str | Path, policy: PreTrainedModel | None, scale: Scale | None) -> "TorchEngine":
+        """See `cppo.rollout.types.Engine`."""
+        return cls(load_pretrained(checkpoint).to(device_of(scale)) if policy is None else policy)
+
+    def sync(self, policy: Policy) -> None:
         """Nothing to do: it samples from the policy itself."""
 
     def sleep(self) -> None:
@@ -89,7 +96,7 @@ class TorchEngine:
         uniforms: Tensor,
         temperature: float,
         top_p: float = 1.0,
-        record: Record = NOTHING,
+        record: Record = SAMPLED_ONLY,
     ) -> Rollouts:
         """See `cppo.rollout.types.Engine`. Works on the model's device; the responses come back in main memory."""
         rows, width = uniforms.shape
@@ -147,7 +154,9 @@ class TorchEngine:
         """Logits [B, V] after the last of these tokens."""
         hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        with torch.autocast(hidden.device.type, enabled=False):  # float32, as the trainer's (see `TokenStatistics`)
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # float32, as the trainer's (see `TokenLogprobsFunction`)
             return torch.nn.functional.linear(hidden[:, -1].float(), head.float())
 
 

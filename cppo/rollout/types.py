@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cppo.training.distributed import Learner
+from cppo.suite.config import Scale
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,8 @@ class Record:
     """The whole distribution (small vocabularies only)."""
 
 
-NOTHING = Record()
+SAMPLED_ONLY = Record()
 """Keep the sampled token's log-probability only."""
-"""Keep the sampled token's log-probability only."""
-ALONE = 0.9
-"""Share of a GPU's memory for an engine that no training shares it with."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,18 @@ class Rollouts:
 
     @property
     def lengths(self) -> Tensor:
-        """[B] response lengths in tokens."""
+        """[B] numbers of trained tokens."""
         return self.mask.sum(-1)
 
     def token_lists(self) -> list[list[int]]:
-        """B responses without their padding."""
+        """B responses, their trained tokens only."""
         return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
 
     def rows(self, index: Tensor) -> "Rollouts":
-        """These rows, trimmed to the longest of them."""
-        width = max(int(self.lengths[index].max()), 1)
+        """These rows, trimmed after the last trained token of any of them."""
+        # Not the number of trained tokens: a mask may have holes.
+        trained = self.mask[index].any(0).nonzero()
+        width = int(trained.max()) + 1 if len(trained) else 1
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index, :width]
@@ -116,11 +117,31 @@ class EngineDied(ValueError):
     """An engine's process is gone."""
 
 
+class Policy(Protocol):
+    """The policy in training, as an engine sees it when it takes over its weights."""
+
+    module: PreTrainedModel
+    accelerator: Accelerator
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of the main process, nothing on others; every rank must call it."""
+        ...
+
+
 class Engine(Protocol):
     """Samples responses; in training one on every rank, for the rank's own prompts."""
 
     separate: bool
-    """Whether it has weights of its own, which `sync` brings; else the caller sees to it that the policy's are whole."""
+    """Whether it has weights of its own, which `sync` brings and which are compared with the trainer's in every iteration;
+    else the caller sees to it that the policy's are whole."""
+
+    @classmethod
+    def start(cls, checkpoint: str | Path, policy: PreTrainedModel | None, scale: Scale | None) -> Self:
+        """The engine with a checkpoint's weights; in training beside `policy`, else alone on its GPU.
+
+        Raises ValueError when it does not start.
+        """
+        ...
 
     def generate(
         self,
@@ -128,9 +149,9 @@ class Engine(Protocol):
         uniforms: Tensor,
         temperature: float,
         top_p: float = 1.0,
-        record: Record = NOTHING,
+        record: Record = SAMPLED_ONLY,
     ) -> Rollouts:
-        """One response a prompt, of at most T tokens.
+        """One response per prompt, of at most T tokens.
 
         uniforms: [B, T] in [0, 1), the sampling noise of each row and position, or what it is seeded from.
         top_p: sample from the smallest set of tokens with at least this probability; the recorded log-probabilities
@@ -138,7 +159,7 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+    def sync(self, policy: Policy) -> None:
         """Sample from the policy's present weights from now on; every rank must call it."""
         ...
 

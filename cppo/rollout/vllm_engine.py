@@ -4,7 +4,7 @@ Differences from the torch engine:
 
 1. It has its own copy of the weights: `sync` writes the policy as a checkpoint, and vLLM reads it. On a CPU vLLM reports
    success but is wrong for tied embeddings and mixtures of experts, so what it samples is compared with the trainer's
-   log-probabilities (`cppo.training.batches.Collector.mismatch`).
+   log-probabilities (`cppo.training.batches.BatchBuilder.mismatch`).
 2. Each row has a seed, a hash of its first uniforms; the noise within a row is vLLM's. Equal prompts share their keys and
    values through the prefix cache, so that a row's seed is its own, whatever samples beside it.
 3. With top_p < 1 vLLM knows log-probabilities after the cut only: they are NaN then.
@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -35,14 +36,16 @@ from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from cppo.rollout.sampling import end_tokens
-from cppo.rollout.types import NOTHING, EngineDied, Record, Rollouts
-from cppo.training.distributed import Learner, gather
+from cppo.rollout.types import SAMPLED_ONLY, EngineDied, Policy, Record, Rollouts
+from cppo.suite.config import Scale
 
-SEEDING = 8
+STANDALONE_MEMORY = 0.9
+"""Share of a GPU's memory for an engine that no training shares it with."""
+SEED_POSITIONS = 8
 """Positions of a row's noise that make its seed."""
-CPU_CACHE = 2**30
+CPU_CACHE_BYTES = 2**30
 """Bytes of keys and values on a CPU, which is for tests."""
-SHUTDOWN = 30.0
+SHUTDOWN_SECONDS = 30.0
 """Seconds after which vLLM's processes are killed if they have not ended by themselves."""
 
 
@@ -72,7 +75,7 @@ class VllmEngine:
                 "enable_sleep_mode": self.sleeps,
             }
             if on_gpu
-            else {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True}
+            else {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
         )
         others = multiprocessing.active_children()
         try:
@@ -100,14 +103,14 @@ class VllmEngine:
         uniforms: Tensor,
         temperature: float,
         top_p: float = 1.0,
-        record: Record = NOTHING,
+        record: Record = SAMPLED_ONLY,
     ) -> Rollouts:
         """See `cppo.rollout.types.Engine`.
 
         Raises ValueError when prompt and response are longer than the model's positions, and when vLLM has died.
         """
         rows, width = uniforms.shape
-        assert rows == len(prompts) and not record.full and (top_p == 1 or record == NOTHING)
+        assert rows == len(prompts) and not record.full and (top_p == 1 or record == SAMPLED_ONLY)
         longest, limit = max(map(len, prompts)) + width, self.llm.model_config.max_model_len
         if longest > limit:
             raise ValueError(
@@ -158,12 +161,20 @@ class VllmEngine:
                 topk_ids[row, :length] = torch.tensor(output.logprobs.token_ids).view(length, 1 + k)[:, 1:]
         return Rollouts(prompts, responses, mask, truncated, logp, topk_ids, topk_logp)
 
-    def sync(self, policy: Learner[PreTrainedModel]) -> None:
+    @classmethod
+    def start(cls, checkpoint: str | Path, policy: PreTrainedModel | None, scale: Scale | None) -> "VllmEngine":
+        """See `cppo.rollout.types.Engine`."""
+        scale = scale or Scale()
+        if policy is None:
+            return cls(checkpoint, scale.precision, STANDALONE_MEMORY)
+        return cls(checkpoint, scale.precision, scale.engine_memory, scale.engine_gpus)
+
+    def sync(self, policy: Policy) -> None:
         """See `cppo.rollout.types.Engine`. The main process writes one checkpoint for all: they are on one node.
 
         Raises ValueError when vLLM has died.
         """
-        weights, (folder, *_) = policy.weights(), gather(self.folder.name)
+        weights, (folder, *_) = policy.weights(), gather_object([self.folder.name])
         if policy.accelerator.is_main_process:
             policy.module.save_pretrained(folder, state_dict=weights)
         policy.accelerator.wait_for_everyone()
@@ -183,7 +194,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        self.llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN)
+        self.llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
         self.folder.cleanup()
 
     def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -214,7 +225,7 @@ class VllmEngine:
 
 def row_seed(noise: Tensor) -> int:
     """A row's seed from its noise [T]: 63 bits."""
-    return int.from_bytes(hashlib.sha256(noise[:SEEDING].numpy().tobytes()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(noise[:SEED_POSITIONS].numpy().tobytes()).digest()[:8], "big") >> 1
 
 
 def _generation_config(checkpoint: Path) -> GenerationConfig:
@@ -233,7 +244,7 @@ def _devices(gpus: int) -> list[str]:
     rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if gpus % processes or gpus + processes > len(visible):
         raise ValueError(
-            f"scale.vllm_gpus: {gpus} must be a multiple of the {processes} training processes, and with one GPU for each "
+            f"scale.engine_gpus: {gpus} must be a multiple of the {processes} training processes, and with one GPU for each "
             f"of these no more than the {len(visible)} GPUs here"
         )
     share = gpus // processes

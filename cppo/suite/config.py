@@ -1,12 +1,38 @@
-"""Types of settings, rules and runs: frozen, fully checked configuration."""
+"""Types of everything that a suite configures: models, settings, rules and runs. Frozen and fully checked.
 
-import json
-from pathlib import Path
+What needs the registries of objectives, advantages and divergences is checked where a suite is resolved (`cppo.suite.suite`).
+"""
+
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from cppo.suite.schema import Betas, Commit, Config, Count, Name, Positive, Seed, Share, content_hash, parse, unique
+from cppo.loss import Aggregation
+from cppo.rollout.engines import ENGINES
+from cppo.suite.schema import (
+    LATER,
+    NOT_HASHED,
+    Betas,
+    Commit,
+    Config,
+    Count,
+    ImportPath,
+    Name,
+    Positive,
+    Seed,
+    Share,
+    content_hash,
+    parse,
+)
+from cppo.tasks import AnyTask
+from cppo.tasks.types import GeneratedTask
+
+Registered = Annotated[str, Field(pattern=rf"^(\w+|{ImportPath})$")]
+"""The name of something in a registry of the package, or "module:function" of one's own."""
+TITLE_TOLERANCE = 0.02
+"""Relative error of a parameter count in a title: what rounding to two or three digits leaves."""
 
 
 class Model(Config):
@@ -43,6 +69,18 @@ class Model(Config):
             raise ValueError(f"experts_per_token {self.experts_per_token} must be between 1 and experts {self.experts}")
         return self
 
+    def parameters(self, vocabulary: int) -> tuple[int, int]:
+        """All parameters with a vocabulary of this size, and those that each token uses."""
+        width, head = self.hidden_size, self.head_dim
+        attention = 2 * width * head * (self.heads + self.kv_heads) + 2 * head
+        expert = 3 * width * self.intermediate_size
+        router = width * self.experts
+        shared = vocabulary * width * (1 if self.tied else 2) + width
+        layer = attention + router + 2 * width
+        total = shared + self.layers * (layer + expert * max(self.experts, 1))
+        active = shared + self.layers * (layer + expert * max(self.experts_per_token, 1))
+        return total, active
+
 
 class Pretrained(Config):
     """A published checkpoint, from the hub or a local folder."""
@@ -64,108 +102,17 @@ class Pretrained(Config):
         return self
 
 
-class Benchmark(Config):
-    """A held-out set of problems of one difficulty; stands in for one AIME year."""
-
-    name: Name
-    """The lm-eval task's name."""
-    steps: Annotated[int, Field(ge=1, le=20)]
-    """Length of every chain in it."""
-    problems: Count
-    """How many problems."""
-
-
-class Task(Config):
-    """The noisy modular chain (see `cppo.tasks.types`): step-by-step arithmetic modulo 10 with a boxed answer."""
-
-    family: Literal["chain"] = "chain"
-    """Kind of problem."""
-    steps: tuple[Annotated[int, Field(ge=1, le=20)], ...] = Field(min_length=1)
-    """Chain lengths of the training problems, equally often."""
-    problems: Count
-    """Size of the training set; reused in a new order when exhausted."""
-    weak: Share
-    """Probability that an entry of the arithmetic table is shown wrongly most of the time in the warm start."""
-    benchmarks: tuple[Benchmark, ...] = Field(min_length=1)
-    """Held-out sets, disjoint from the training problems."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> "Task":
-        unique([b.name for b in self.benchmarks], "benchmarks: name")
-        if "train" in (b.name for b in self.benchmarks):
-            raise ValueError("benchmarks: the name 'train' is taken by the training problems")
-        return self
-
-
-class Dataset(Config):
-    """A published set of problems that `cppo.tasks.published` knows how to read."""
-
-    name: Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "gsm8k", "gsm8k_train"]
-    """Which one; also the lm-eval task's name."""
-    revision: Commit | None = None
-    """The hub's commit; needed unless `data_dir` holds the file."""
-
-
-class TrainingSet(Dataset):
-    """Training problems: what is empty, repeated, contradictory or part of a benchmark is dropped and counted."""
-
-    rows: Count
-    """Rows that its file must hold, repeats included; another number is an error."""
-
-
-class HeldOutSet(Dataset):
-    """A benchmark: must be whole, so an empty or repeated problem is an error."""
-
-    problems: Count
-    """Problems that its file must hold; another number is an error."""
-
-
-class MathTask(Config):
-    """Competition mathematics in words: published training problems and benchmarks, the paper's task."""
-
-    family: Literal["math"]
-    """Kind of problem."""
-    train: TrainingSet
-    """The training problems."""
-    benchmarks: tuple[HeldOutSet, ...] = Field(min_length=1)
-    """Held-out sets."""
-    data_dir: str | None = None
-    """Folder with the data sets' files, <data_dir>/<name>/*.parquet, .jsonl or .csv, if there is no hub; None = hub."""
-    prompt: Literal["chat", "base"]
-    """chat = the tokenizer's chat template; base = plain text for a model that knows no chat."""
-    enable_thinking: bool | None = None
-    """The chat template's flag of this name (Qwen3: think before answering); None = the template's own default."""
-    instruction: str
-    """What follows the question on a line of its own, such as a request for a boxed answer."""
-    max_prompt_tokens: Count
-    """A training problem with a longer prompt is left out, and counted."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "MathTask":
-        unique([b.name for b in self.benchmarks], "benchmarks: name")
-        if self.train.name in (b.name for b in self.benchmarks):
-            raise ValueError(f"benchmarks: {self.train.name} is the training set")
-        for wanted in (self.train, *self.benchmarks):
-            if self.data_dir is None and wanted.revision is None:
-                raise ValueError(f"{wanted.name}: revision is missing: the hub needs a commit; or set data_dir")
-        if self.enable_thinking is not None and self.prompt != "chat":
-            raise ValueError("enable_thinking is for prompt chat")
-        if any(mark in self.instruction for mark in ("{{", "{%", "{#")):
-            raise ValueError("instruction: {{, {% and {# have a meaning in lm-eval's task files; write { { instead")
-        return self
-
-
 class WarmStart(Config):
     """Supervised training on noisy demonstrations that makes the base model; one for all runs of a setting."""
 
     max_steps: Count
     """Give up (with an error) when `target_accuracy` is not reached by then."""
     target_accuracy: Share
-    """Stop at this sampled accuracy (temperature 1), the mean over the task's training lengths."""
+    """Stop at this sampled accuracy (temperature 1), the mean over the task's training sizes."""
     check_every: Count
     """Steps between two measurements of the accuracy."""
     batch: Count
-    """Demonstrations a step."""
+    """Demonstrations per step."""
     lr: Positive
     """Peak learning rate of AdamW; linear warm-up, then cosine to a tenth at `max_steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
@@ -178,15 +125,15 @@ class WarmStart(Config):
     """Largest gradient norm."""
 
 
-class RolloutPlan(Config):
+class RolloutConfig(Config):
     """How many responses are sampled and how they are split into updates (Table 3's columns)."""
 
     prompts: Count
-    """Prompts a rollout."""
+    """Prompts per rollout."""
     responses: Annotated[int, Field(ge=2)]
-    """Responses a prompt; the group whose mean is the baseline."""
+    """Responses per prompt: the group whose mean is the baseline."""
     minibatch: Count
-    """Prompts a minibatch (one optimiser step); divides `prompts`."""
+    """Prompts per minibatch, which is one optimiser step; divides `prompts`."""
     max_response_tokens: Count
     """Longest response; a longer one is truncated and judged as it is."""
     temperature: Positive = 1.0
@@ -198,11 +145,11 @@ class RolloutPlan(Config):
 
     @property
     def updates(self) -> int:
-        """Optimiser steps a rollout."""
+        """Optimiser steps per rollout."""
         return self.prompts // self.minibatch
 
     @model_validator(mode="after")
-    def _divides(self) -> "RolloutPlan":
+    def _divides(self) -> "RolloutConfig":
         if self.prompts % self.minibatch:
             raise ValueError(f"minibatch {self.minibatch} does not divide prompts {self.prompts}")
         if self.overlong_buffer > self.max_response_tokens:
@@ -232,8 +179,8 @@ class Critic(Config):
     """Its learning rate in units of the policy's."""
     gamma: Share = 1.0
     """Discount."""
-    lam: Share = 0.95
-    """GAE's lambda."""
+    gae_lambda: Share = 0.95
+    """Lambda of generalised advantage estimation (GAE)."""
     value_clip: Positive = 0.2
     """How far a value may move from the rollout's before its gradient is dropped."""
 
@@ -241,41 +188,53 @@ class Critic(Config):
 class Scale(Config):
     """How a run uses accelerators and processes; left out for the embedded CPU suites."""
 
-    engine: Literal["torch", "vllm", "verl"] = "torch"
-    """What samples: our loop on the policy itself; vLLM beside it; or verl, which runs the whole training."""
+    trainer: Literal["builtin", "verl"] = "builtin"
+    """Which program trains: this package's loop, or verl, which also samples by itself with vLLM."""
+    engine: str = "torch"
+    """Which engine generates rollouts for the built-in trainer: torch = on the policy itself, vllm = vLLM beside it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
+    """Precision of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
     sharding: Literal["ddp", "fsdp2", "megatron"] = "ddp"
-    """With several processes: a whole copy of the model in each, or a share of it; megatron only for engine verl."""
+    """With several processes: a whole copy of the model in each, or a share of it; megatron only for trainer verl."""
     tensor_parallel: Count = 1
-    """Engine verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
+    """Trainer verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
     expert_parallel: Count = 1
     """Megatron: GPUs over which a layer's experts are spread."""
     micro_rows: Count | None = None
     """Responses in one forward and backward pass; None = the whole minibatch at once. Changes no result but rounding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    vllm_gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs of vLLM's own; 0 = it shares the trainer's and sleeps during updates."""
-    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of a GPU's memory that vLLM may take."""
-    vllm_tolerance: Positive | None = None
-    """Largest 99% quantile of |log pi - log mu| between vLLM and the trainer at the same weights; a larger one means that
-    the weights did not arrive, and ends the run. None = 0.001 in float32, 0.2 in bfloat16."""
+    engine_gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of the engine's own; 0 = it shares the trainer's and sleeps during updates."""
+    engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of a GPU's memory that the engine may take."""
+    engine_tolerance: Positive | None = None
+    """Largest 99% quantile of |log pi - log mu| between a separate engine and the trainer at the same weights. A larger one
+    means that the weights did not arrive, and ends the run. None = 0.001 in float32, 0.2 in bfloat16."""
 
     @property
     def tolerance(self) -> float:
-        """`vllm_tolerance` or its default."""
-        return self.vllm_tolerance or {"float32": 1e-3, "bfloat16": 0.2}[self.precision]
+        """`engine_tolerance` or its default."""
+        return self.engine_tolerance or {"float32": 1e-3, "bfloat16": 0.2}[self.precision]
+
+    @model_validator(mode="after")
+    def _known(self) -> "Scale":
+        if self.engine == "verl":
+            raise ValueError("engine: verl is a trainer, not an engine: write trainer: verl")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: {self.engine!r} is not one of {', '.join(ENGINES)}")
+        if self.trainer != "verl" and self.sharding == "megatron":
+            raise ValueError("sharding: megatron is only for trainer verl")
+        return self
 
 
 class Resources(Config):
-    """What a job of a setting asks the cluster for; changes no number and no run id."""
+    """Cluster resources for the jobs of a setting. They affect neither results nor run ids."""
 
     gpus: Annotated[int, Field(ge=0)] = 0
     """GPUs on each node; also the processes that train."""
     nodes: Count = 1
-    """Nodes; more than one only for engine verl."""
+    """Nodes; more than one only for trainer verl."""
     cpus: Count = 1
     """CPU cores on each node."""
     memory_gb: Positive = 4.0
@@ -305,40 +264,34 @@ class Resources(Config):
 
 
 def _kind_of_model(raw: Any) -> str:
-    return "published" if isinstance(raw, Pretrained) or (isinstance(raw, dict) and "name" in raw) else "created"
+    published = isinstance(raw, Pretrained) or (isinstance(raw, Mapping) and "name" in raw)
+    return "published" if published else "created"
 
 
-def _kind_of_task(raw: Any) -> str:
-    return "math" if isinstance(raw, MathTask) or (isinstance(raw, dict) and raw.get("family") == "math") else "chain"
-
-
-_TAGS = {("model", "created"), ("model", "published"), ("task", "chain"), ("task", "math")}
-"""What pydantic adds to the place of an error below such a key."""
 AnyModel = Annotated[
     Annotated[Model, Tag("created")] | Annotated[Pretrained, Tag("published")], Discriminator(_kind_of_model)
 ]
-AnyTask = Annotated[Annotated[Task, Tag("chain")] | Annotated[MathTask, Tag("math")], Discriminator(_kind_of_task)]
 
 
 class Setting(Config):
-    """One column of the paper's tables: a base model with its task and training plan."""
+    """One column of the paper's tables: a base model with its task, rollouts and optimiser."""
 
-    title: Annotated[str, Field(min_length=1, max_length=60)]
-    """What tables and figures call it."""
+    title: Annotated[str, Field(min_length=1, max_length=60), NOT_HASHED]
+    """What tables and figures call it. A number of parameters in it (101k, 1.7B) must be that of a created model."""
     model: AnyModel
     """The architecture to create, or a published checkpoint."""
     task: AnyTask
     """Training and held-out problems."""
     warm_start: WarmStart | None = None
     """How the base model is made from a created one; left out for a published checkpoint."""
-    rollout: RolloutPlan
+    rollout: RolloutConfig
     """Rollouts and minibatches."""
     optimizer: Optimizer
     """The policy's optimiser."""
     critic: Critic = Critic()
-    """For advantages `gae` only."""
+    """For advantages from a critic (`gae`) only."""
     iterations: Count
-    """Rollouts in a run."""
+    """Iterations of a run; each is one rollout with its updates."""
     checkpoint_every: Count
     """Iterations between two scored checkpoints; divides `iterations`."""
     collapse_after: Count = 5
@@ -347,32 +300,52 @@ class Setting(Config):
     """Accelerators and processes; None = the torch engine in one process in float32."""
 
     @property
-    def engine(self) -> Literal["torch", "vllm", "verl"]:
-        """What samples."""
+    def trainer(self) -> Literal["builtin", "verl"]:
+        """Which program trains."""
+        return "builtin" if self.scale is None else self.scale.trainer
+
+    @property
+    def engine(self) -> str:
+        """Which engine generates rollouts for the built-in trainer."""
         return "torch" if self.scale is None else self.scale.engine
+
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """Token texts of a created model; None for a published one, which brings its own tokenizer."""
+        return self.task.vocabulary if isinstance(self.task, GeneratedTask) else None
 
     @model_validator(mode="after")
     def _fits(self) -> "Setting":
-        created, chain = isinstance(self.model, Model), isinstance(self.task, Task)
+        created, generated = isinstance(self.model, Model), isinstance(self.task, GeneratedTask)
         if created != (self.warm_start is not None):
             raise ValueError("warm_start is for a created model, which needs it; a published one has none")
-        if created != chain:
-            raise ValueError("task.family: a created model knows only the chain, a published one only math")
+        if created != generated:
+            kind = (
+                "created model knows only generated problems" if created else "published model needs problems in words"
+            )
+            raise ValueError(f"task.family: {self.task.family}: a {kind}; see cppo/tasks")
         return self
 
     @model_validator(mode="after")
     def _divides(self) -> "Setting":
         if self.iterations % self.checkpoint_every:
             raise ValueError(f"checkpoint_every {self.checkpoint_every} does not divide iterations {self.iterations}")
-        if isinstance(self.task, MathTask):
-            return self
-        longest = max((*self.task.steps, *(b.steps for b in self.task.benchmarks)))
-        needed = 6 * longest + 4
-        if self.rollout.max_response_tokens < needed:
-            raise ValueError(
-                f"rollout.max_response_tokens {self.rollout.max_response_tokens} is too short: "
-                f"a chain of {longest} steps takes {needed} tokens"
-            )
+        if isinstance(self.task, GeneratedTask):
+            size, tokens = self.task.longest_response
+            if self.rollout.max_response_tokens < tokens:
+                raise ValueError(
+                    f"rollout.max_response_tokens {self.rollout.max_response_tokens} is too short: "
+                    f"a problem of size {size} takes {tokens} tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _title_is_true(self) -> "Setting":
+        said = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([kMB])(?![\w.])", self.title)
+        if isinstance(self.model, Model) and self.vocabulary is not None and said is not None:
+            total, _ = self.model.parameters(len(self.vocabulary))
+            if abs(float(said[1]) * {"k": 1e3, "M": 1e6, "B": 1e9}[said[2]] / total - 1) > TITLE_TOLERANCE:
+                raise ValueError(f"title: {self.title!r} says {said[0]} parameters, the model has {total:,}")
         return self
 
 
@@ -380,7 +353,7 @@ class Evaluation(Config):
     """Avg@k on the held-out sets, through lm-eval."""
 
     samples: Count
-    """Responses a problem: the k of Avg@k."""
+    """Responses per problem: the k of Avg@k."""
     temperature: Positive = 0.7
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -388,145 +361,128 @@ class Evaluation(Config):
 
 
 class Divergence(Config):
-    """Which estimate of the token divergence a divergence rule gets."""
+    """Which estimate of the token divergence a rule gets."""
 
-    estimator: Literal["binary", "top_k", "exact"]
-    """binary = the sampled token against the rest; top_k = mu's K likeliest, the sampled one, the rest; exact = all."""
-    kind: Literal["tv", "kl"] = "tv"
-    """Total variation, or KL from mu to pi."""
+    estimator: Registered
+    """binary = the sampled token against the rest; top_k = mu's K likeliest, the sampled one, the rest; exact = all tokens;
+    sampled = from the sampled token's ratio alone; or "module:function" of your own (see `cppo.divergences`)."""
+    kind: str = "tv"
+    """tv = total variation, kl = KL from mu to pi; k2, k3 for estimator sampled."""
     k: Count | None = None
-    """K of top_k; must be below the vocabulary's size."""
+    """K of an estimator on mu's likeliest tokens; it must be below the vocabulary's size."""
     support: Literal["union", "replace"] | None = None
     """top_k: add the sampled token to the K (union, default), or overwrite the K-th with it (replace)."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "Divergence":
-        if (self.estimator == "top_k") != (self.k is not None):
-            raise ValueError("k is for estimator top_k, which needs it")
-        if self.support is not None and self.estimator != "top_k":
-            raise ValueError("support is for estimator top_k")
-        return self
 
-
-class ObjectiveEntry(Config):
-    """One row of the tables: an objective with its settings."""
+class RuleEntry(Config):
+    """One row of the tables: an objective with its parameters, and how its inputs and its loss are made."""
 
     name: Name
-    """Its label in tables, figures and paths."""
-    objective: Annotated[str, Field(pattern=r"^(\w+|\w+(\.\w+)*:\w+)$")]
+    """What the rule is called in tables, figures and paths."""
+    objective: Registered
     """A registered objective (`python -m cppo objectives`), or "module:function" of your own."""
-    settings: dict[str, Any] = {}
-    """The objective's own settings; what is not given keeps its default."""
-    by_setting: dict[Name, dict[str, Any]] = {}
-    """Settings that differ for a named setting of the suite (as delta in the paper's Table 3), and `divergence` if it does."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters of the objective; omitted ones keep their defaults. The text max_response_tokens stands for the
+    setting's number."""
+    params_by_setting: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """Parameters that differ in a named setting of the suite (as delta in the paper's Table 3), and `divergence` if it does."""
     divergence: Divergence | None = None
-    """The divergence; exactly for the rules that need one."""
-    advantage: Literal["grpo", "dr_grpo", "rloo", "gpg", "reinforce_pp", "reinforce_pp_baseline", "gae"] = "grpo"
-    """Estimator of `cppo.advantages`: grpo = (R - mean) / std in the group; dr_grpo = R - mean; gae = from a critic; ..."""
-    aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"
-    ] = "token-mean"
-    """How token losses become one (see `cppo.loss.policy_loss`)."""
+    """The divergence, exactly for the objectives that need one."""
+    advantage: Registered = "grpo"
+    """An estimator of `cppo.advantages` (grpo = (R - mean) / std in the group, dr_grpo = R - mean, gae = from a critic, ...),
+    or "module:function" of your own."""
+    aggregation: Aggregation = "token-mean"
+    """How the losses of tokens become one (see `cppo.loss.policy_loss`)."""
     anchor: Literal["rollout", "recomputed", "decoupled"] = "rollout"
     """What ratios and divergences refer to: mu as sampled; the policy recomputed before the first update; or the latter with
     the truncated weight min(pi_old / mu, tis_cap) on the advantages."""
     tis_cap: Positive = 2.0
     """Largest truncated importance weight of anchor decoupled."""
+    code: Annotated[dict[str, str], LATER] = Field(default_factory=dict)
+    """Filled in when a suite is resolved: module -> hash of its code, for each module of your own that the rule uses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "settings" in raw:
+            raise ValueError("settings: is now called params")
+        return raw
 
 
 class RunConfig(Config):
     """Everything that determines a run's numbers, nothing else."""
 
-    label: Name
-    """The objective entry's name."""
-    setting: Name
+    rule: RuleEntry
+    """The rule, with every parameter spelled out."""
+    setting_name: Name
     """The setting's name; an axis of the seeds."""
+    setting: Setting
+    """The setting."""
     seed: Seed
     """Varies the order of problems and the sampling; the base model is shared."""
-    plan: Setting
-    """The setting."""
-    objective: ObjectiveEntry
-    """The objective, with every setting spelled out."""
     evaluation: Evaluation
     """How its checkpoints are scored."""
 
     @property
-    def id(self) -> str:
-        """The run's id: hash of this configuration without the setting's title, which changes no number.
+    def rule_name(self) -> str:
+        """The rule's name."""
+        return self.rule.name
 
-        `scale` came later and is left out while absent, so that older runs keep their ids.
-        """
-        unhashed = {"title", "scale"} if self.plan.scale is None else {"title"}
-        return content_hash(self.model_dump(mode="json", exclude={"plan": unhashed}))
+    @property
+    def id(self) -> str:
+        """The run's id: the hash of this configuration."""
+        return content_hash(self)
 
     @property
     def folder(self) -> str:
         """The run directory under the root (`runs/`)."""
-        return f"train/{self.label}/{self.id}"
+        return f"train/{self.rule_name}/{self.id}"
 
     @property
     def base(self) -> "BaseConfig":
-        """The warm start that this run begins from."""
-        return BaseConfig(setting=self.setting, plan=self.plan, evaluation=self.evaluation)
+        """The base model that this run begins from."""
+        return BaseConfig(setting_name=self.setting_name, setting=self.setting, evaluation=self.evaluation)
 
 
 class BaseConfig(Config):
     """What determines a base model and its score."""
 
-    label: ClassVar[str] = "base"
+    rule_name: ClassVar[str] = "base"
     seed: ClassVar[int] = 0
     """What tables hold for it in the columns of a run."""
-    setting: Name
+    setting_name: Name
     """The setting's name; an axis of the seeds."""
-    plan: Setting
+    setting: Setting
     """The setting; of its keys only model, task, warm_start and the longest response count."""
     evaluation: Evaluation
     """How it is scored."""
 
     @property
     def id(self) -> str:
-        """The base model's id: hash of what it depends on."""
-        plan = self.plan
-        parts = [
-            self.setting,
-            plan.model,
-            plan.task,
-            plan.warm_start,
-            plan.rollout.max_response_tokens,
-            self.evaluation,
-        ]
-        return content_hash(parts)
+        """The base model's id: the hash of what it depends on. The rest of the setting is training's."""
+        setting = self.setting
+        return content_hash([setting.model, setting.warm_start, *self._problems])
 
     @property
     def folder(self) -> str:
         """The base model's directory under the root."""
-        return f"base/{self.setting}/{self.id}"
+        return f"base/{self.setting_name}/{self.id}"
 
     @property
     def data(self) -> str:
         """The directory of its problems and lm-eval tasks under the root."""
-        parts = [self.setting, self.plan.task, self.plan.rollout.max_response_tokens, self.evaluation]
-        return f"data/{self.setting}/{content_hash(parts)}"
+        return f"data/{self.setting_name}/{content_hash(self._problems)}"
 
-
-def read_config(folder: Path) -> RunConfig | BaseConfig:
-    """The resolved configuration in the directory of a run or a base model.
-
-    Raises ValueError when there is none, or when the directory's name is not its hash.
-    """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise ValueError(f"{path}: missing or not JSON; train the run (or make the base model) first") from None
-    config = parse_run(raw, str(path))
-    if config.id != folder.name:
-        raise ValueError(f"{path}: its hash is {config.id}, not the directory's name: the file was edited; train again")
-    return config
+    @property
+    def _problems(self) -> list[Any]:
+        return [self.setting_name, self.setting.task, self.setting.rollout.max_response_tokens, self.evaluation]
 
 
 def parse_run(raw: object, where: str) -> RunConfig | BaseConfig:
-    """The resolved configuration of a run or, without a seed, of a base model."""
+    """The resolved configuration of a run or, without a seed, of a base model.
+
+    Raises ValueError, one line that begins with `where`, for anything else.
+    """
     if isinstance(raw, dict) and "seed" in raw:
         return parse(RunConfig, raw, where)
     return parse(BaseConfig, raw, where)

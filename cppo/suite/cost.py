@@ -11,15 +11,14 @@ import pandas as pd
 
 from cppo.suite.config import Model, RunConfig, Setting
 from cppo.suite.suite import Suite
-from cppo.tasks.chain import VOCABULARY
 
-PEAK = 989e12
+PEAK_FLOPS = 989e12
 """Floating-point operations a second of one GPU: H100 SXM, dense bfloat16 (data sheet)."""
-TRAINING = 0.35
+TRAINING_MFU = 0.35
 """Share of the peak that forward and backward passes reach; 0.3 to 0.4 is usual for dense models of this size."""
-SAMPLING = 0.05
+SAMPLING_MFU = 0.05
 """Share of the peak that sampling reaches: it waits for memory, about 15 thousand tokens a second at 1.7 billion parameters."""
-FLOAT = 4
+BYTES_PER_PARAMETER = 4
 """Bytes of a stored weight or moment: all are float32."""
 
 
@@ -33,9 +32,9 @@ class Cost:
     bound: bool
     """Whether `response_tokens` is the longest response, for want of an expected length."""
     rollout_tokens: float
-    """Sampled, and trained on once."""
+    """GradedRollouts, and trained on once."""
     evaluation_tokens: float
-    """Sampled for all checkpoints of a run."""
+    """GradedRollouts for all checkpoints of a run."""
     train_hours: float
     """GPU hours of rollouts and updates."""
     evaluate_hours: float
@@ -48,18 +47,21 @@ class Cost:
 
 def cost(suite: Suite, name: str) -> Cost | None:
     """The cost of a run in this setting; None when a published model's `resources.parameters` is not given."""
-    plan, resources = suite.settings[name], suite.asked(name)
-    if isinstance(plan.model, Model):
-        total, active = parameters(plan.model)
+    setting, resources = suite.settings[name], suite.resources_of(name)
+    total: float
+    active: float
+    if isinstance(setting.model, Model):
+        assert setting.vocabulary is not None
+        total, active = setting.model.parameters(len(setting.vocabulary))
     elif resources.parameters is None:
         return None
     else:
         total = 1e9 * resources.parameters
         active = 1e9 * (resources.active_parameters or resources.parameters)
-    rollout, checkpoints = plan.rollout, plan.iterations // plan.checkpoint_every
+    rollout, checkpoints = setting.rollout, setting.iterations // setting.checkpoint_every
     length = resources.response_tokens or rollout.max_response_tokens
-    tokens = float(plan.iterations * rollout.prompts * rollout.responses * length)
-    scored = float(checkpoints * sum(b.problems for b in plan.task.benchmarks) * suite.evaluation.samples * length)
+    tokens = float(setting.iterations * rollout.prompts * rollout.responses * length)
+    scored = float(checkpoints * sum(b.problems for b in setting.task.benchmarks) * suite.evaluation.samples * length)
     return Cost(
         parameters=total,
         active=active,
@@ -67,29 +69,18 @@ def cost(suite: Suite, name: str) -> Cost | None:
         bound=resources.response_tokens is None,
         rollout_tokens=tokens,
         evaluation_tokens=scored,
-        train_hours=(_passes(plan) * active * tokens / TRAINING + 2 * active * tokens / SAMPLING) / PEAK / 3600,
-        evaluate_hours=2 * active * scored / SAMPLING / PEAK / 3600,
-        disk_peak=FLOAT * total * (checkpoints + 6),
-        disk_kept=FLOAT * total * (2 + 6),
+        train_hours=(_passes(setting) * active * tokens / TRAINING_MFU + 2 * active * tokens / SAMPLING_MFU)
+        / PEAK_FLOPS
+        / 3600,
+        evaluate_hours=2 * active * scored / SAMPLING_MFU / PEAK_FLOPS / 3600,
+        disk_peak=BYTES_PER_PARAMETER * total * (checkpoints + 6),
+        disk_kept=BYTES_PER_PARAMETER * total * (2 + 6),
     )
 
 
-def _passes(plan: Setting) -> int:
+def _passes(setting: Setting) -> int:
     """Operations a parameter and token in an update: 2 forward, 4 backward, and 2 more where activations are recomputed."""
-    return 8 if plan.scale is not None and plan.scale.gradient_checkpointing else 6
-
-
-def parameters(model: Model) -> tuple[float, float]:
-    """All parameters of a created model, and those that a token uses."""
-    width, head = model.hidden_size, model.head_dim
-    attention = 2 * width * head * (model.heads + model.kv_heads) + 2 * head
-    expert = 3 * width * model.intermediate_size
-    router = width * model.experts
-    shared = len(VOCABULARY) * width * (1 if model.tied else 2) + width
-    layer = attention + router + 2 * width
-    total = shared + model.layers * (layer + expert * max(model.experts, 1))
-    active = shared + model.layers * (layer + expert * max(model.experts_per_token, 1))
-    return float(total), float(active)
+    return 8 if setting.scale is not None and setting.scale.gradient_checkpointing else 6
 
 
 def report(suite: Suite, name: str, results: Path) -> str:
@@ -98,13 +89,13 @@ def report(suite: Suite, name: str, results: Path) -> str:
     settings, total = len(suite.settings), len(runs)
     jobs = 3 * settings + 2 * total + 1
     lines += [
-        f"{settings} settings x {len(suite.objectives)} objectives x {len(suite.seeds)} seeds = {total} runs",
+        f"{settings} settings x {len(suite.rules)} rules x {len(suite.seeds)} seeds = {total} runs",
         f"{jobs} jobs: data, base model and its scores a setting, training and scores a run, one for the tables; and figures",
         "",
     ]
     gpu_hours, disk_peak, disk_kept, unknown = 0.0, 0.0, 0.0, []
     for setting in suite.settings:
-        count = sum(run.setting == setting for run in runs)
+        count = sum(run.setting_name == setting for run in runs)
         lines += _setting(suite, setting, count)
         found = cost(suite, setting)
         if found is None:
@@ -112,7 +103,7 @@ def report(suite: Suite, name: str, results: Path) -> str:
             continue
         gpu_hours += count * (found.train_hours + found.evaluate_hours)
         disk_peak, disk_kept = disk_peak + count * found.disk_peak, disk_kept + count * found.disk_kept
-    on_gpus = any(suite.asked(setting).gpus for setting in suite.settings)
+    on_gpus = any(suite.resources_of(setting).gpus for setting in suite.settings)
     lines.append(f"disk: {_bytes(disk_kept)} kept, {_bytes(disk_peak)} if every run is trained before any is scored")
     if on_gpus:
         lines += [f"GPU hours in all: {gpu_hours:,.0f}", "", *ASSUMPTIONS]
@@ -126,17 +117,17 @@ def report(suite: Suite, name: str, results: Path) -> str:
 
 ASSUMPTIONS = (
     "GPU hours = tokens x n x (operations / share) / peak, n parameters that a token uses:",
-    f"  update    6 operations (8 with gradient checkpointing) at {TRAINING:.0%} of the peak",
-    f"  sampling  2 operations at {SAMPLING:.0%} of the peak; of rollouts and of evaluation",
-    f"  peak      {PEAK / 1e12:.0f} teraflops a GPU (H100 SXM, dense bfloat16)",
+    f"  update    6 operations (8 with gradient checkpointing) at {TRAINING_MFU:.0%} of the peak",
+    f"  sampling  2 operations at {SAMPLING_MFU:.0%} of the peak; of rollouts and of evaluation",
+    f"  peak      {PEAK_FLOPS / 1e12:.0f} teraflops a GPU (H100 SXM, dense bfloat16)",
     "Not in it: attention's own operations, prompts, waiting for the slowest response, start-up, transfers of weights.",
 )
 
 
-def _setting(suite: Suite, setting: str, count: int) -> list[str]:
-    plan, resources = suite.settings[setting], suite.asked(setting)
-    found = cost(suite, setting)
-    lines = [f"{setting} ({plan.title}): {count} runs of {plan.iterations} iterations"]
+def _setting(suite: Suite, name: str, count: int) -> list[str]:
+    setting, resources = suite.settings[name], suite.resources_of(name)
+    found = cost(suite, name)
+    lines = [f"{name} ({setting.title}): {count} runs of {setting.iterations} iterations"]
     if found is None:
         return [*lines, "  resources.parameters is not given: no estimate", ""]
     kind = "longest, so an upper bound" if found.bound else "expected mean"

@@ -16,14 +16,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     # UniRL's release: Binary TV, differentiable ratio without a cap, always adaptive.
     "cppo_unirl": {
         "objective": "cppo",
-        "settings": {"cap": None},
+        "params": {"cap": None},
         "divergence": {"estimator": "binary", "kind": "tv"},
         **_MATCHED,
     },
     # The later verl pull request: Binary TV, clamp factor 5, weights over the padded width.
     "cppo_verl": {
         "objective": "cppo",
-        "settings": {"clamp_factor": 5.0, "span": "max_response_tokens"},
+        "params": {"clamp_factor": 5.0, "span": "max_response_tokens"},
         "divergence": {"estimator": "binary", "kind": "tv"},
         **_MATCHED,
     },
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # TRM-Avg at its paper's threshold for a single criterion, on the KL that a rollout can give.
     "trm_avg_paper": {
         "objective": "trm",
-        "settings": {"delta_max": None, "delta_mean": 0.001},
+        "params": {"delta_max": None, "delta_mean": 0.001},
         "divergence": {**_TOP20, "kind": "kl"},
         **_MATCHED,
     },
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"objective": "ppo", "advantage": "rloo", "anchor": "recomputed"},
     # GPG: no importance ratio at all.
     "gpg": {"objective": "gpg", "advantage": "gpg"},
-    # GSPO as published: std-normalised advantages, anchored on the recomputed policy.
+    # GSPO as published: std-normalised advantages, with_anchor on the recomputed policy.
     "gspo": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
     # GMPO as published.
     "gmpo": {"objective": "gmpo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DRPO as released, with the nearly inert delta 12.5; set delta 0.15 for DPPO's geometry.
     "drpo": {"objective": "drpo", **_MATCHED},
     # SPO: DRPO without mu in the penalty.
-    "spo": {"objective": "drpo", "settings": {"weight_by_mu": False}, **_MATCHED},
+    "spo": {"objective": "drpo", "params": {"weight_by_mu": False}, **_MATCHED},
 }
 
 
@@ -83,7 +83,7 @@ def expand(entry: Any) -> Any:
     preset = PRESETS.get(entry["preset"]) if isinstance(entry["preset"], str) else None
     if preset is None:
         raise ValueError(f"preset: unknown {entry['preset']!r}; known: {', '.join(PRESETS)}")
-    settings = given.get("settings", {})
-    if isinstance(settings, dict):
-        given["settings"] = {**preset.get("settings", {}), **settings}
+    params = given.get("params", {})
+    if isinstance(params, dict):
+        given["params"] = {**preset.get("params", {}), **params}
     return {**preset, **given}

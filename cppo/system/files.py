@@ -29,14 +29,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where `path` is made before it gets its name."""
     return path.with_name(path.name + ".partial")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; its folder is made."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8", newline="") as out:
@@ -48,9 +48,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill; it becomes `path`, replacing what was there, when the block ends without an error."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
         try:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import torch
+
 TRY_AGAIN = 75
 """Exit code of an interrupted job (EX_TEMPFAIL): its state is saved, the same command continues it."""
 
@@ -37,8 +39,6 @@ class Terminated:
 @contextmanager
 def enough_memory(folder: Path, iteration: int) -> Iterator[None]:
     """Turn running out of memory, on an accelerator or the CPU, into a ValueError that says what to do."""
-    import torch  # late: the command line imports this module and should start in a moment
-
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,34 +1,31 @@
-"""Problems with machine-checkable answers, in one schema for every source.
+"""The noisy modular chain: step-by-step arithmetic modulo 10 in which an early slip ruins the rest.
 
-The embedded source is the noisy modular chain: step-by-step arithmetic modulo 10 where an early slip ruins the rest.
+    prompt    3a-8b*9c+5>                      first digit, then (letter, operator, operand) for each step
+    response  a3-8=5b5*9=5c5+5=0\\boxed{0}     (letter, running digit, operator, operand, =, result) for each step, the answer
 
-    prompt    3a-8b*9c+5>                      first digit, then (label, operator, operand) a step
-    response  a3-8=5b5*9=5c5+5=0\\boxed{0}     (label, running digit, operator, operand, =, result) a step, the answer
-
-Operators are +, - (operand 0-9) and * (operand 3, 7, 9): all bijective in the running digit, so a slip persists. The base
-model is weak on purpose: its demonstrations follow a table of the 230 (operator, a, b) entries in which some are shown
-wrongly most of the time, and reinforcement learning must repair those from the outcome alone.
+Operators are +, - (operand 0-9) and * (operand 3, 7, 9). All are bijective in the running digit, so a slip persists.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from cppo.suite.config import Task
+from cppo.suite.schema import Share
 from cppo.system.seeds import numpy_generator
-from cppo.tasks.types import Problem, problem
+from cppo.tasks.noise import NoisyTable, noisy_table
+from cppo.tasks.types import BOXED, Axes, GeneratedTask
 
 OPERANDS = {"+": tuple(range(10)), "-": tuple(range(10)), "*": (3, 7, 9)}
-LABELS = "abcdefghijklmnopqrst"
-BOXED = "\\boxed{"
-SPECIAL = ("<pad>", "<eos>", "<unk>")
-VOCABULARY = (*SPECIAL, *"0123456789", *LABELS, *OPERANDS, "=", ">", BOXED, "}")
-"""Token texts in the order of their ids."""
+LETTERS = "abcdefghijklmnopqrst"
+Step = tuple[str, int, int]
+"""(operator, running digit, operand)."""
 
 
-def apply(operator: str, a: int, b: int) -> int:
+def apply(step: Step) -> int:
     """The result of one step, modulo 10."""
+    operator, a, b = step
     return {"+": a + b, "-": a - b, "*": a * b}[operator] % 10
 
 
@@ -42,13 +39,14 @@ class Chain:
 
     @property
     def question(self) -> str:
-        return str(self.start) + "".join(f"{LABELS[i]}{o}{b}" for i, (o, b) in enumerate(self.steps)) + ">"
+        """The prompt."""
+        return str(self.start) + "".join(f"{LETTERS[i]}{o}{b}" for i, (o, b) in enumerate(self.steps)) + ">"
 
     def response(self, results: Sequence[int]) -> str:
         """The worked solution that claims these results."""
         text, a = "", self.start
         for i, ((operator, b), result) in enumerate(zip(self.steps, results, strict=True)):
-            text += f"{LABELS[i]}{a}{operator}{b}={result}"
+            text += f"{LETTERS[i]}{a}{operator}{b}={result}"
             a = result
         return f"{text}{BOXED}{a}}}"
 
@@ -56,80 +54,56 @@ class Chain:
         """The true running digits."""
         values, a = [], self.start
         for operator, b in self.steps:
-            a = apply(operator, a, b)
+            a = apply((operator, a, b))
+            values.append(a)
+        return values
+
+    def noisy_results(self, table: NoisyTable[Step], rng: np.random.Generator) -> list[int]:
+        """The running digits of one demonstration; a slip is carried on."""
+        values, a = [], self.start
+        for operator, b in self.steps:
+            a = table.shown((operator, a, b), rng)
             values.append(a)
         return values
 
 
-def random_chain(steps: int, rng: np.random.Generator) -> Chain:
-    """A chain of this length; operators equally likely, then operands."""
-    operators = [str(o) for o in rng.choice(list(OPERANDS), steps)]
+def random_chain(length: int, rng: np.random.Generator) -> Chain:
+    """A chain of this length; operators are equally likely, then operands."""
+    operators = [str(o) for o in rng.choice(list(OPERANDS), length)]
     return Chain(int(rng.integers(10)), tuple((o, int(rng.choice(OPERANDS[o]))) for o in operators))
 
 
-def make_problems(task: Task, setting: str) -> dict[str, tuple[Problem, ...]]:
-    """The held-out sets by name and the training set under "train", all distinct by id.
+class ChainTask(GeneratedTask):
+    """The noisy modular chain: step-by-step arithmetic modulo 10 with a boxed answer. A problem's size is its length."""
 
-    Training chains cycle through `task.steps`. Raises ValueError when the task has too few distinct chains.
-    """
-    taken: set[str] = set()
-    sets: dict[str, tuple[Problem, ...]] = {}
-    for benchmark in task.benchmarks:
-        sets[benchmark.name] = _draw([benchmark.steps], benchmark.problems, setting, benchmark.name, taken)
-    sets["train"] = _draw(task.steps, task.problems, setting, "train", taken)
-    return sets
+    alphabet: ClassVar[tuple[str, ...]] = (*"0123456789", *LETTERS, *OPERANDS, "=", ">", BOXED, "}")
+    largest: ClassVar[int] = len(LETTERS)
+    family: Literal["chain"]
+    """Kind of problem."""
+    weak: Share
+    """Probability that an entry of the arithmetic table is shown wrongly most of the time in the warm start."""
 
+    def draw(self, size: int, rng: np.random.Generator) -> tuple[str, str]:
+        """See `GeneratedTask.draw`."""
+        chain = random_chain(size, rng)
+        return chain.question, str(chain.results()[-1])
 
-def _draw(steps: Sequence[int], count: int, setting: str, source: str, taken: set[str]) -> tuple[Problem, ...]:
-    rng = numpy_generator("problems", setting, source)
-    found: list[Problem] = []
-    for _ in range(100 * count):
-        if len(found) == count:
-            break
-        length = steps[len(found) % len(steps)]
-        chain = random_chain(length, rng)
-        new = problem(chain.question, str(chain.results()[-1]), source, length)
-        if new.id not in taken:
-            taken.add(new.id)
-            found.append(new)
-    if len(found) < count:
-        raise ValueError(f"task: {source}: only {len(found)} distinct chains of {steps} steps, {count} asked for")
-    return tuple(found)
+    def table(self, setting_name: str) -> NoisyTable[Step]:
+        """The 230 entries of the arithmetic table that demonstrations follow."""
+        entries = ((operator, a, b) for operator, operands in OPERANDS.items() for a in range(10) for b in operands)
+        return noisy_table(entries, apply, self.weak, setting_name)
 
+    def demonstrations(self, setting_name: str) -> Iterator[tuple[str, str]]:
+        """See `GeneratedTask.demonstrations`."""
+        table, rng = self.table(setting_name), numpy_generator("demonstrations", setting_name)
+        while True:
+            chain = random_chain(int(rng.choice(self.sizes)), rng)
+            yield chain.question, chain.response(chain.noisy_results(table, rng))
 
-@dataclass(frozen=True)
-class NoisyTable:
-    """How the warm start's demonstrations do arithmetic: per (operator, a, b), how often right, and the one wrong digit."""
+    def response_tokens(self, size: int) -> int:
+        """See `GeneratedTask.response_tokens`."""
+        return 6 * size + 4
 
-    right: dict[tuple[str, int, int], float]
-    wrong: dict[tuple[str, int, int], int]
-
-    def results(self, chain: Chain, rng: np.random.Generator) -> list[int]:
-        """Running digits of one demonstration; a slip is carried on."""
-        values, a = [], chain.start
-        for operator, b in chain.steps:
-            entry = (operator, a, b)
-            a = apply(*entry) if rng.random() < self.right[entry] else self.wrong[entry]
-            values.append(a)
-        return values
-
-
-def noisy_table(weak: float, setting: str) -> NoisyTable:
-    """An entry is weak with probability `weak` and then right with r ~ U(0.2, 0.7), else right with 0.99."""
-    rng = numpy_generator("table", setting)
-    right, wrong = {}, {}
-    for operator, operands in OPERANDS.items():
-        for a in range(10):
-            for b in operands:
-                entry = (operator, a, b)
-                right[entry] = float(rng.uniform(0.2, 0.7)) if rng.random() < weak else 0.99
-                wrong[entry] = int((apply(*entry) + rng.integers(1, 10)) % 10)
-    return NoisyTable(right, wrong)
-
-
-def demonstrations(task: Task, setting: str) -> Iterator[tuple[str, str]]:
-    """Endless (question, response) pairs for the warm start."""
-    table, rng = noisy_table(task.weak, setting), numpy_generator("demonstrations", setting)
-    while True:
-        chain = random_chain(int(rng.choice(task.steps)), rng)
-        yield chain.question, chain.response(table.results(chain, rng))
+    def first_seeds(self, setting_name: str) -> list[Axes]:
+        """See `Task.first_seeds`."""
+        return [*super().first_seeds(setting_name), ("table", setting_name)]

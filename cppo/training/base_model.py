@@ -1,7 +1,7 @@
 """A setting's base model, one for all its runs: a published checkpoint, or the outcome of a warm start.
 
 The warm start is supervised training that stops on sampled accuracy; its demonstrations are noisy on purpose (see
-`cppo.tasks.types`). A published checkpoint is linked, not copied.
+`cppo.tasks.noise`). A published checkpoint is linked, not copied.
 """
 
 import itertools
@@ -14,20 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo.models.create import create_model, create_tokenizer
-from cppo.models.load import check_harmless, load_config, load_tokenizer, save_pretrained
-from cppo.models.logprobs import EOS, statistics
+from cppo.models.create import EOS, create_model, create_tokenizer
+from cppo.models.load import check_harmless, device_of, load_config, load_tokenizer, save_pretrained
+from cppo.models.logprobs import token_logprobs
 from cppo.results.provenance import provenance
+from cppo.results.run_folder import RunFolder, Status
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import BaseConfig, MathTask, Model, Pretrained, Task
-from cppo.system.files import read_json, sha256, whole_folder, write_whole, writing
+from cppo.suite.config import BaseConfig, Model, Pretrained
+from cppo.system.files import read_json, sha256, write_atomic, writing
 from cppo.system.hub import fetch
 from cppo.system.seeds import uniforms
-from cppo.tasks.chain import demonstrations
-from cppo.tasks.prompts import short_enough
-from cppo.tasks.types import Problem
-from cppo.training.distributed import device_of
+from cppo.tasks.types import GeneratedTask, Problem, Task, TextTask
 
 CHECK_RESPONSES = 256
 """Responses sampled in one measurement of the accuracy."""
@@ -35,81 +33,89 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 """What is fetched of a published checkpoint: configuration, weights, tokenizer; no code and no pickles."""
 
 
-def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) -> None:
-    """Train until the target accuracy and write the model to `folder`/checkpoints/step-0, with config and provenance.
+def make_base(config: BaseConfig, problems: tuple[Problem, ...], path: Path) -> None:
+    """Make the base model in its folder: by a warm start, or from the published checkpoint.
+
+    Raises ValueError, one line, when it cannot be made.
+    """
+    folder = RunFolder(path)
+    if folder.done:
+        return
+    make = link_published if config.setting.warm_start is None else warm_start
+    make(config, problems, folder)
+
+
+def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: RunFolder) -> None:
+    """Train a created model on demonstrations until its target accuracy, and write it as the folder's checkpoint 0.
 
     Raises ValueError when the accuracy is not reached within `max_steps`.
     """
-    plan, task = config.plan.warm_start, config.plan.task
-    assert plan is not None and isinstance(config.plan.model, Model) and isinstance(task, Task)
-    tokenizer = create_tokenizer()
-    model: PreTrainedModel = create_model(config.plan.model, config.setting).to(device_of(config.plan.scale))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
-    examples = demonstrations(task, config.setting)
+    how, task, setting_name = config.setting.warm_start, config.setting.task, config.setting_name
+    assert how is not None and isinstance(config.setting.model, Model) and isinstance(task, GeneratedTask)
+    tokenizer = create_tokenizer(task.vocabulary)
+    model = create_model(config.setting.model, setting_name, len(task.vocabulary)).to(device_of(config.setting.scale))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=how.betas, weight_decay=how.weight_decay)
+    examples = task.demonstrations(setting_name)
     log: list[dict[str, float]] = []
-    bar = tqdm(range(1, plan.max_steps + 1), desc=f"base {config.setting}", unit="step", mininterval=2)
+    bar = tqdm(range(1, how.max_steps + 1), desc=f"base {setting_name}", unit="step", mininterval=2)
     with Judge() as judge:
         judge.start()
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, plan.lr, plan.warmup_steps, plan.max_steps)
-            loss = _loss(model, tokenizer, list(itertools.islice(examples, plan.batch)))
+                group["lr"] = _learning_rate(step, how.lr, how.warmup_steps, how.max_steps)
+            loss = _loss(model, tokenizer, task, list(itertools.islice(examples, how.batch)))
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), how.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-            if step % plan.check_every == 0:
+            if step % how.check_every == 0:
                 accuracy = sampled_accuracy(model, tokenizer, problems, config, judge)
                 log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
-                if accuracy >= plan.target_accuracy:
+                if accuracy >= how.target_accuracy:
                     break
         else:
             raise ValueError(
-                f"warm_start of setting {config.setting}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
-                f"{plan.max_steps} is below target_accuracy {plan.target_accuracy}; raise max_steps or lower the target"
+                f"warm_start of setting {setting_name}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
+                f"{how.max_steps} is below target_accuracy {how.target_accuracy}; raise max_steps or lower the target"
             )
-    with whole_folder(folder / "checkpoints" / "step-0") as checkpoint:
+    with folder.new_checkpoint(0) as checkpoint:
         save_pretrained(model, checkpoint, tokenizer)
-    write_whole(folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-    _finish(config, folder, {"steps": step})
+    write_atomic(folder.path / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    folder.begin(config, provenance(), begun=False)
+    folder.finish(Status(step))
 
 
-def _finish(config: BaseConfig, folder: Path, done: dict[str, int]) -> None:
-    write_whole(folder / "config.json", config.model_dump_json(indent=1))
-    write_whole(folder / "provenance.json", json.dumps(provenance(), indent=1))
-    write_whole(folder / "DONE", json.dumps({"status": "finished", **done}) + "\n")
-
-
-def published(config: BaseConfig, problems: tuple[Problem, ...], folder: Path) -> None:
-    """Fetch or find the published checkpoint, check it, and link `folder`/checkpoints/step-0 to it.
+def link_published(config: BaseConfig, problems: tuple[Problem, ...], folder: RunFolder) -> None:
+    """Fetch or find the published checkpoint, check it, and link the folder's checkpoint 0 to it.
 
     Beside config and provenance, source.json says what was linked, and DONE how many training problems are short enough.
     Raises ValueError, one line, when it cannot be had or could not be trained on the task.
     """
-    model, task = config.plan.model, config.plan.task
-    assert isinstance(model, Pretrained) and isinstance(task, MathTask)
+    model, task = config.setting.model, config.setting.task
+    assert isinstance(model, Pretrained) and isinstance(task, TextTask)
     if model.revision is None:
-        found = Path(model.name).resolve()
-        sums = {path.name: sha256(path) for path in sorted(found.glob("*")) if path.suffix in (".json", ".safetensors")}
-        source: dict[str, object] = {"sha256": sums}
+        checkpoint = Path(model.name).resolve()
+        files = sorted(path for path in checkpoint.glob("*") if path.suffix in (".json", ".safetensors"))
+        source: dict[str, object] = {"sha256": {path.name: sha256(path) for path in files}}
     else:
         remedy = "with a copy at hand, name its folder as model: {name: /path/to/it}"
-        found = fetch(model.name, "model", model.revision, FILES, remedy)
+        checkpoint = fetch(model.name, "model", model.revision, FILES, remedy)
         source = {"name": model.name, "revision": model.revision}
-    longest = task.max_prompt_tokens + config.plan.rollout.max_response_tokens
-    tokenizer = check_checkpoint(found, task, longest)
-    kept = short_enough(task, tokenizer, problems)
-    link = folder / "checkpoints" / "step-0"
+    longest = task.max_prompt_tokens + config.setting.rollout.max_response_tokens
+    tokenizer = check_checkpoint(checkpoint, task, longest)
+    kept = task.short_enough(tokenizer, problems)
+    link = folder.checkpoint(0)
     with writing(link):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(found, target_is_directory=True)
-    write_whole(folder / "source.json", json.dumps(source, indent=1))
-    _finish(config, folder, {"steps": 0, "problems": len(kept), "too_long": len(problems) - len(kept)})
+        link.symlink_to(checkpoint, target_is_directory=True)
+    write_atomic(folder.path / "source.json", json.dumps(source, indent=1))
+    folder.begin(config, provenance(), begun=False)
+    folder.finish(Status(0), problems=len(kept), too_long=len(problems) - len(kept))
 
 
-def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTokenizerFast:
+def check_checkpoint(folder: Path, task: TextTask, longest: int) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint that can be trained on `task` with sequences of `longest` tokens.
 
     Raises ValueError, one line naming the folder, unless it is a whole causal language model in safetensors whose
@@ -123,7 +129,7 @@ def check_checkpoint(folder: Path, task: MathTask, longest: int) -> PreTrainedTo
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is missing; a checkpoint must hold all its weights as safetensors")
     if not any(name.endswith("ForCausalLM") for name in config.architectures or ()):
-        raise ValueError(f"{folder}: config.json: architectures {config.architectures} is no causal language model")
+        raise ValueError(f"{folder}: config.json: architectures {config.architectures} is not a causal language model")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end token (eos_token), so no response would ever end")
     if len(tokenizer) > config.vocab_size:
@@ -146,9 +152,11 @@ def _learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def _loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]) -> Tensor:
+def _loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, examples: list[tuple[str, str]]
+) -> Tensor:
     """Mean negative log-likelihood of the responses' tokens, end of sequence included."""
-    prompts = [tokenizer(question).input_ids for question, _ in examples]
+    prompts = [task.prompt_ids(tokenizer, question) for question, _ in examples]
     texts = [[*tokenizer(response).input_ids, EOS] for _, response in examples]
     lengths = torch.tensor([len(ids) for ids in texts])
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
@@ -156,7 +164,7 @@ def _loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: 
         mask, torch.tensor(list(itertools.chain(*texts)))
     )
     responses, mask = responses.to(model.device), mask.to(model.device)
-    return -statistics(model, prompts, responses, mask, temperature=1.0).logp.sum() / mask.sum()
+    return -token_logprobs(model, prompts, responses, mask, temperature=1.0).logp.sum() / mask.sum()
 
 
 def sampled_accuracy(
@@ -167,10 +175,11 @@ def sampled_accuracy(
     judge: Judge,
 ) -> float:
     """Share of right answers at temperature 1, one response to each of the first training problems."""
+    task, tokens = config.setting.task, config.setting.rollout.max_response_tokens
     asked = list(itertools.islice(itertools.cycle(problems), CHECK_RESPONSES))
-    prompts = [tokenizer(p.question).input_ids for p in asked]
-    noise = uniforms(len(asked), config.plan.rollout.max_response_tokens, "warm start check", config.setting)
+    prompts = [task.prompt_ids(tokenizer, p.question) for p in asked]
+    noise = uniforms(len(asked), tokens, "warm start check", config.setting_name)
     rollouts = TorchEngine(model).generate(prompts, noise, temperature=1.0)
     texts = tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-    verdicts = [judge.verdict(text, p.answer) for text, p in zip(texts, asked, strict=True)]
+    verdicts = [task.verify(text, p, judge) for text, p in zip(texts, asked, strict=True)]
     return sum(v == 1.0 for v in verdicts) / len(verdicts)

@@ -45,11 +45,6 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out of the suite")
 
 
-def device_of(scale: Scale | None) -> torch.device:
-    """Where a single process of such a setting computes: a GPU where there is one and the setting has a `scale`."""
-    return (scale is not None and torch.accelerator.current_accelerator(check_available=True)) or torch.device("cpu")
-
-
 def make_accelerator(scale: Scale | None, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The process's accelerator: a GPU where there is one and the setting has a `scale`, else the CPU.
 
@@ -82,25 +77,25 @@ def make_accelerator(scale: Scale | None, trackers: Sequence[str] = (), folder: 
 
 def start_trackers(accelerator: Accelerator, run: RunConfig) -> None:
     """Begin a run of every tracker, or go on with it."""
-    name = f"{run.setting}-{run.label}-{run.seed}"
+    name = f"{run.setting_name}-{run.rule_name}-{run.seed}"
     options = {"wandb": {"name": name, "id": run.id, "resume": "allow"}, "trackio": {"name": name, "resume": "allow"}}
-    about = {"id": run.id, "setting": run.setting, "label": run.label, "seed": run.seed}
+    about = {"id": run.id, "setting": run.setting_name, "rule": run.rule_name, "seed": run.seed}
     accelerator.init_trackers("cppo", about, options)
 
 
-def own(accelerator: Accelerator, count: int) -> range:
-    """This rank's share of `count` items: neighbours, at most one more than another rank's; may be empty."""
+def rank_slice(accelerator: Accelerator, count: int) -> range:
+    """The contiguous slice of range(count) that belongs to this rank. Sizes of slices differ by at most one; one may be empty."""
     ranks, rank = accelerator.num_processes, accelerator.process_index
     return range(rank * count // ranks, (rank + 1) * count // ranks)
 
 
-def most(accelerator: Accelerator, count: int) -> int:
-    """The largest share of `count` items that any rank has."""
+def largest_slice(accelerator: Accelerator, count: int) -> int:
+    """Size of the largest slice of range(count) that any rank has."""
     ranks: int = accelerator.num_processes
     return -(-count // ranks)
 
 
-def gather(value: Result) -> list[Result]:
+def all_gather(value: Result) -> list[Result]:
     """Every rank's value, in the order of ranks; each rank must call it."""
     found: list[Result] = gather_object([value])
     return found
@@ -124,11 +119,13 @@ class Hooked(nn.Module, Generic[Module]):
 class Learner(Generic[Module]):
     """A module and its AdamW, spread over the ranks."""
 
-    def __init__(self, accelerator: Accelerator, module: Module, lr: float, plan: Optimizer) -> None:
-        """lr: the peak learning rate; the plan's own is not read."""
-        self.accelerator, self.module, self.lr, self.grad_clip = accelerator, module, lr, plan.grad_clip
-        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=plan.betas, weight_decay=plan.weight_decay)
-        self.hooked, self.optimizer = accelerator.prepare(Hooked(module), optimizer)
+    def __init__(self, accelerator: Accelerator, module: Module, lr: float, optimizer: Optimizer) -> None:
+        """lr: the peak learning rate; the one in `optimizer` is not read."""
+        self.accelerator, self.module, self.lr, self.grad_clip = accelerator, module, lr, optimizer.grad_clip
+        adamw = torch.optim.AdamW(
+            module.parameters(), lr=lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        self.hooked, self.optimizer = accelerator.prepare(Hooked(module), adamw)
 
     def __call__(self, function: Callable[[Module], Result]) -> Result:
         """function(module) for training. Every rank must call it equally often: under FSDP2 each gives its weights."""
@@ -136,8 +133,9 @@ class Learner(Generic[Module]):
         return found
 
     @torch.no_grad()
-    def whole(self, function: Callable[[Module], Result]) -> Result:
-        """function(module) without gradient, with whole weights on every rank: ranks may run different numbers of passes.
+    def with_full_parameters(self, function: Callable[[Module], Result]) -> Result:
+        """function(module) under no_grad with the parameters gathered on every rank, so that ranks may make different numbers
+        of forward passes.
 
         Every rank must call it. Under FSDP2 a rank then holds all weights, 4 bytes a parameter (2 in bfloat16), until it
         returns.
@@ -156,7 +154,7 @@ class Learner(Generic[Module]):
             shard.reshard()
         return found
 
-    def descend(self, losses: Sequence[Callable[[], Tensor]], share: float) -> tuple[float, float]:
+    def optimizer_step(self, losses: Sequence[Callable[[], Tensor]], share: float) -> tuple[float, float]:
         """One clipped AdamW step on the sum of the losses of all micro-batches and ranks: (its value, gradient norm).
 
         losses: this rank's; every rank has equally many. share: of the peak learning rate.
@@ -167,7 +165,10 @@ class Learner(Generic[Module]):
         for i, loss in enumerate(losses):
             with nullcontext() if i + 1 == len(losses) else self._no_sync():
                 value = loss()
-                self.accelerator.backward(value * self.accelerator.num_processes)  # both take the mean over the ranks
+                self.accelerator.backward(
+                    value * self.accelerator.num_processes
+                )  # DDP and FSDP2 average gradients over
+                # the ranks, but the loss is already over the whole step's denominator
             values.append(value.detach())
         total = float(self.accelerator.reduce(torch.stack(values).sum()))
         gradient = torch.nn.utils.clip_grad_norm_(self.hooked.parameters(), self.grad_clip)

@@ -182,13 +182,15 @@ def path_in_a_name(rng: random.Random) -> Bad:
         "\u2024\u2024/x",
     ]
     name = rng.choice([*names, "../" * 40 + "x"])
-    place = rng.choice([*NAMES, "setting", "by_setting", "resources"])
+    place = rng.choice([*NAMES, "setting", "params_by_setting", "resources"])
     if place == "setting":
         return dump({**SMOKE, "settings": {name: SMOKE["settings"]["tiny"]}}), "settings"
     if place == "resources":
         return dump({**SMOKE, "resources": {name: {}}}), "resources"
-    if place == "by_setting":
-        return dump(at(("objectives", 0), {**SMOKE["objectives"][0], "by_setting": {name: {}}})), "by_setting"
+    if place == "params_by_setting":
+        return dump(
+            at(("objectives", 0), {**SMOKE["objectives"][0], "params_by_setting": {name: {}}})
+        ), "params_by_setting"
     return dump(at(place, name)), "name"  # type: ignore[arg-type]
 
 

@@ -43,7 +43,7 @@ class Workshop:
 
     def run(self, label: str) -> RunConfig:
         """The run of a label."""
-        return next(run for run in self.suite.runs() if run.label == label)
+        return next(run for run in self.suite.runs() if run.rule_name == label)
 
     def copy(self, name: str) -> Path:
         """A fresh root with data and base model."""

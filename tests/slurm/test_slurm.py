@@ -143,9 +143,9 @@ def test_jobs_that_slurm_ends_are_retried_and_resume(
     cluster: Cluster, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(checkout)
-    runs = {run.setting: run for run in load_suite(checkout / "config" / "interrupted.yaml").runs()}
+    runs = {run.setting_name: run for run in load_suite(checkout / "config" / "interrupted.yaml").runs()}
     folders = {setting: checkout / "runs" / run.folder for setting, run in runs.items()}
-    comments = {setting: f"train_wildcards_{run.label}_{run.id}" for setting, run in runs.items()}
+    comments = {setting: f"train_wildcards_{run.rule_name}_{run.id}" for setting, run in runs.items()}
     cancelled: list[str] = []
 
     def cancel() -> None:
@@ -166,7 +166,7 @@ def test_jobs_that_slurm_ends_are_retried_and_resume(
         *ended, last = cluster.jobs(comments[setting])
         print(setting, [state for _, state in ended], last)
         assert ended and last[1] == "COMPLETED", (setting, ended, last)
-        log = (checkout / "runs" / "logs" / "train" / f"{run.label}-{run.id}.log").read_text()
+        log = (checkout / "runs" / "logs" / "train" / f"{run.rule_name}-{run.id}.log").read_text()
         assert f"{run.folder}: continuing after iteration " in log, log[-2000:]
         assert (folders[setting] / "metrics.jsonl").read_bytes() == uninterrupted(checkout, run, processes[setting])
     assert cancelled == [job for job, state in cluster.jobs(comments["cancelled"]) if state == "CANCELLED"]

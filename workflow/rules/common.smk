@@ -7,18 +7,18 @@ from functools import cache
 from math import ceil
 from pathlib import Path
 
-from cppo.suite.suite import find_base
-from cppo.suite.suite import find_run
+from cppo.numerics import NUMERICS_VERSION
+from cppo.results.run_folder import DONE, SCORES
+from cppo.results.tables import TABLES
 from cppo.suite.suite import load_suite
 from paper_figures.catalog import available, files
 
 SUITE = config.get("suite", "mini")
 SUITE_FILE = f"config/{SUITE}.yaml"
-TABLES = ["scores", "curves", "positions", "tokens", "runs"]
 BASELINE_FILES = sorted(
     str(path.resolve()) for path in Path("workflow/rules/baselines").glob("*.smk")
 )
-BASELINES = []
+ADDED_RULES = []
 # Absolute, because a baseline file inherits it into another folder.
 ENVIRONMENT = str(Path(workflow.basedir) / "environment.yml")
 
@@ -32,17 +32,17 @@ shell.prefix(
 )
 
 
-def baseline(name, objective, **entry):
-    """Add one more objective entry to the suite; returns the argument that tells the command line about it."""
-    BASELINES.append(
+def add_rule(name, objective, **entry):
+    """Add one more rule to the suite; returns the argument that tells the command line about it."""
+    ADDED_RULES.append(
         json.dumps({"name": name, "objective": objective, **entry}, sort_keys=True)
     )
-    return baseline_argument(BASELINES[-1])
+    return rule_argument(ADDED_RULES[-1])
 
 
-def baseline_argument(entry):
-    """How the command line is told about an entry."""
-    return f"--baseline {shlex.quote(entry)}"
+def rule_argument(rule):
+    """How the command line is told about a rule that is not in the suite's file."""
+    return f"--add-rule {shlex.quote(rule)}"
 
 
 def slug(folder):
@@ -51,37 +51,39 @@ def slug(folder):
 
 
 def loaded():
-    """The suite with all baselines; loaded once, when the first rule asks, after every baseline file was read."""
+    """The suite with all baselines; loaded once, when the first rule asks, after every file of baselines was read."""
     if not hasattr(loaded, "suite"):
-        loaded.suite = load_suite(SUITE_FILE, tuple(BASELINES))
+        loaded.suite = load_suite(SUITE_FILE, tuple(ADDED_RULES))
     return loaded.suite
 
 
 @cache
 def run_of(run):
     """The suite's run with this id; rules ask for it many times."""
-    return find_run(loaded(), run)
+    return loaded().run(run)
 
 
-def asked(w):
+def resources_of(w):
     """What the suite asks a cluster for, for the setting of a job."""
-    return loaded().asked(w.setting if hasattr(w, "setting") else run_of(w.run).setting)
+    name = w.setting if hasattr(w, "setting") else run_of(w.run).setting_name
+    return loaded().resources_of(name)
 
 
 def share(w):
     """Of that, the share of one GPU."""
-    return asked(w).share
+    return resources_of(w).share
 
 
 def launcher(w):
-    """What runs the module that trains: one process, or one for each GPU of the node but vLLM's own. verl starts its own.
+    """What runs the module that trains: one process, or one for each GPU of the node but the engine's own. verl starts its own.
 
     Not by `accelerate launch`: it reads a user's own settings, and on a CPU starts one process only. SIGTERM waits for
     the iteration in progress, as long as Slurm does.
     """
-    plan = run_of(w.run).plan
-    processes = asked(w).gpus - (plan.scale.vllm_gpus if plan.scale else 0)
-    if processes < 2 or plan.engine == "verl":
+    setting = run_of(w.run).setting
+    own = setting.scale.engine_gpus if setting.scale else 0
+    processes = resources_of(w).gpus - own
+    if processes < 2 or setting.trainer == "verl":
         return "python -m"
     # After `--`, torch's launcher takes no argument of ours for its own (--run for --run-path).
     return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --shutdown-timeout 900 -m --"
@@ -89,7 +91,7 @@ def launcher(w):
 
 def table_folders():
     """Folder of tables -> the resolved suite: the running suite's, then every published one's."""
-    folders = {f"runs/{SUITE}": loaded().model_dump(mode="json")}
+    folders = {f"runs/{SUITE}": loaded().published()}
     for path in sorted(Path("results").glob("*/suite.json")):
         folders[str(path.parent)] = json.loads(path.read_text())
     return folders

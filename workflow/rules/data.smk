@@ -20,9 +20,9 @@ rule data:
 
 rule base:
     input:
-        data=lambda w: f"runs/{find_base(loaded(), w.setting).data}/train.jsonl",
+        data=lambda w: f"runs/{loaded().base(w.setting).data}/train.jsonl",
     output:
-        "runs/base/{setting}/{base}/DONE",
+        f"runs/base/{{setting}}/{{base}}/{DONE}",
     log:
         "runs/logs/base/{setting}-{base}.log",
     benchmark:
@@ -33,5 +33,8 @@ rule base:
         cpus_per_task=lambda w: share(w).cpus,
         mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
         runtime=lambda w, attempt: ceil(60 * share(w).hours) * attempt,
+    params:
+        numerics=NUMERICS_VERSION,
     shell:
-        "python -m cppo base --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"
+        "python -m cppo base --suite $CPPO_SUITE --setting {wildcards.setting} --restart-outdated"
+        " 2> >(tee {log} >&2)"

@@ -3,13 +3,13 @@
 
 rule evaluate:
     input:
-        "runs/train/{label}/{run}/DONE",
+        f"runs/train/{{rule}}/{{run}}/{DONE}",
     output:
-        "runs/train/{label}/{run}/scores.csv",
+        f"runs/train/{{rule}}/{{run}}/{SCORES}",
     log:
-        "runs/logs/evaluate/{label}-{run}.log",
+        "runs/logs/evaluate/{rule}-{run}.log",
     benchmark:
-        "runs/benchmarks/evaluate/{label}-{run}.tsv"
+        "runs/benchmarks/evaluate/{rule}-{run}.tsv"
     conda:
         ENVIRONMENT
     resources:
@@ -17,15 +17,17 @@ rule evaluate:
         cpus_per_task=lambda w: share(w).cpus,
         mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
         runtime=lambda w, attempt: ceil(60 * share(w).evaluate_hours) * attempt,
+    params:
+        numerics=NUMERICS_VERSION,
     shell:
         "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"
 
 
 rule evaluate_base:
     input:
-        "runs/base/{setting}/{base}/DONE",
+        f"runs/base/{{setting}}/{{base}}/{DONE}",
     output:
-        "runs/base/{setting}/{base}/scores.csv",
+        f"runs/base/{{setting}}/{{base}}/{SCORES}",
     log:
         "runs/logs/evaluate/base-{setting}-{base}.log",
     benchmark:
@@ -37,5 +39,7 @@ rule evaluate_base:
         cpus_per_task=lambda w: share(w).cpus,
         mem_mb=lambda w, attempt: ceil(1000 * share(w).memory_gb) * attempt,
         runtime=lambda w, attempt: ceil(60 * share(w).evaluate_hours) * attempt,
+    params:
+        numerics=NUMERICS_VERSION,
     shell:
         "python -m cppo evaluate $(dirname {input}) 2> >(tee {log} >&2)"

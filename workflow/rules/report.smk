@@ -4,7 +4,7 @@
 rule collect:
     input:
         lambda w: [
-            f"runs/{run.folder}/scores.csv"
+            f"runs/{run.folder}/{SCORES}"
             for run in (*loaded().bases(), *loaded().runs())
         ],
     output:
@@ -22,9 +22,10 @@ rule collect:
     conda:
         ENVIRONMENT
     params:
-        baselines=" ".join(map(baseline_argument, BASELINES)),
+        added=" ".join(map(rule_argument, ADDED_RULES)),
+        numerics=NUMERICS_VERSION,
     shell:
-        "python -m cppo collect --suite $CPPO_SUITE {params.baselines} 2> >(tee {log} >&2)"
+        "python -m cppo collect --suite $CPPO_SUITE {params.added} 2> >(tee {log} >&2)"
 
 
 # One rule for each item of each folder of tables: the running suite's under runs/, the published ones' under results/.

@@ -7,35 +7,38 @@
 
 rule train:
     input:
-        base=lambda w: f"runs/{run_of(w.run).base.folder}/DONE",
+        base=lambda w: f"runs/{run_of(w.run).base.folder}/{DONE}",
         data=lambda w: f"runs/{run_of(w.run).base.data}/train.jsonl",
     output:
-        "runs/train/{label}/{run}/DONE",
+        f"runs/train/{{rule}}/{{run}}/{DONE}",
     log:
-        "runs/logs/train/{label}-{run}.log",
+        "runs/logs/train/{rule}-{run}.log",
     benchmark:
-        "runs/benchmarks/train/{label}-{run}.tsv"
+        "runs/benchmarks/train/{rule}-{run}.tsv"
     wildcard_constraints:
-        label="|".join(entry.name for entry in load_suite(SUITE_FILE).objectives),
+        rule="|".join(rule.name for rule in load_suite(SUITE_FILE).rules),
     conda:
         ENVIRONMENT
     # A next attempt continues this one, so it needs no more time, and a node has no more memory. One task a node
     # (tasks_per_gpu=0) starts the processes for all its GPUs. With `mpi` the job's shell runs on the first of several nodes
     # and reaches the others by srun. SIGTERM comes before the time limit: enough for the iteration in progress.
     resources:
-        gpu=lambda w: asked(w).nodes * asked(w).gpus or None,
-        nodes=lambda w: asked(w).nodes,
-        tasks=lambda w: asked(w).nodes,
+        gpu=lambda w: resources_of(w).nodes * resources_of(w).gpus or None,
+        nodes=lambda w: resources_of(w).nodes,
+        tasks=lambda w: resources_of(w).nodes,
         tasks_per_gpu=0,
-        mpi=lambda w: "srun" if asked(w).nodes > 1 else None,
-        cpus_per_task=lambda w: asked(w).cpus,
-        mem_mb=lambda w: ceil(1000 * asked(w).memory_gb),
-        runtime=lambda w: ceil(60 * asked(w).hours),
-        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * asked(w).hours))}"
-        + (f" --gpus-per-node={asked(w).gpus}" if asked(w).nodes > 1 else ""),
+        mpi=lambda w: "srun" if resources_of(w).nodes > 1 else None,
+        cpus_per_task=lambda w: resources_of(w).cpus,
+        mem_mb=lambda w: ceil(1000 * resources_of(w).memory_gb),
+        runtime=lambda w: ceil(60 * resources_of(w).hours),
+        slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * resources_of(w).hours))}"
+        + (f" --gpus-per-node={resources_of(w).gpus}" if resources_of(w).nodes > 1 else ""),
         launcher=launcher,  # not a param: how many processes train does not change a run
+    # The numerics version is a param, so that a run of another version is made again.
     params:
-        baseline="",
+        numerics=NUMERICS_VERSION,
+        added="",
     shell:
-        "trap '' TERM; {resources.launcher} cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.baseline}"
+        "trap '' TERM; {resources.launcher} cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.added}"
+        " --restart-outdated"
         " 2> >(tee {log} >&2)"

@@ -1,0 +1,113 @@
+"""Family `file`: anyone's problems in words, from files on this machine, for a published checkpoint.
+
+    task:
+      family: file
+      train: {path: data/train.jsonl}
+      benchmarks:
+        - {name: mine, path: data/held_out.parquet, problems: 50}
+      columns: {question: prompt, answer: solution}
+
+A file is JSON lines, Parquet or CSV with a column of questions and a column of gold answers. Answers are what would stand in
+the box. What makes a set whole is told in `cppo.tasks.reading`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from cppo.rewards import Judge
+from cppo.suite.schema import Config, Count
+from cppo.system.files import sha256
+from cppo.tasks.reading import held_out, read_rows, training, without_overlap
+from cppo.tasks.types import TRAIN, Benchmark, Problem, Report, TextTask
+
+
+class Columns(Config):
+    """Names of the columns that are read; a file may have others."""
+
+    question: str = "question"
+    """The column of questions."""
+    answer: str = "answer"
+    """The column of gold answers: text or whole numbers."""
+
+
+class TrainingFile(Config):
+    """A file of training problems: what is empty, repeated, contradictory or part of a benchmark is dropped and counted."""
+
+    path: str
+    """The file, .jsonl, .parquet or .csv; relative to the folder where the command runs."""
+
+
+class HeldOutFile(Benchmark):
+    """A file of held-out problems: an empty or repeated problem is an error."""
+
+    path: str
+    """The file, .jsonl, .parquet or .csv; relative to the folder where the command runs."""
+    problems: Count
+    """How many problems are scored: the first so many of the file, which must hold at least as many."""
+
+
+class FileTask(TextTask):
+    """Problems in words from files of the user's own."""
+
+    family: Literal["file"]
+    """Kind of problem."""
+    train: TrainingFile
+    """The training problems."""
+    benchmarks: tuple[HeldOutFile, ...] = Field(min_length=1)
+    """Held-out sets."""
+    columns: Columns = Columns()
+    """Names of the columns of every file."""
+
+    def load(self, setting_name: str) -> tuple[dict[str, tuple[Problem, ...]], Report]:
+        """See `Task.load`. Raises ValueError, naming the file, the row and the column, for what is wrong there."""
+        sets: dict[str, tuple[Problem, ...]] = {}
+        report: Report = {}
+        with Judge() as judge:
+
+            def judgeable(asked: Problem) -> bool:
+                return self.verify(f"\\boxed{{{asked.answer}}}", asked, judge) == 1.0
+
+            for wanted in self.benchmarks:
+                rows, origin = self._rows(wanted.path)
+                found, counts = held_out(wanted.name, rows, judgeable)
+                if len(found) < wanted.problems:
+                    raise ValueError(
+                        f"{wanted.path}: holds {len(found)} problems, benchmark {wanted.name} of the suite asks for "
+                        f"{wanted.problems}"
+                    )
+                sets[wanted.name] = found[: wanted.problems]
+                report[wanted.name] = origin | counts
+            rows, origin = self._rows(self.train.path)
+            kept, counts = training(TRAIN, rows, judgeable)
+        sets[TRAIN], left = without_overlap(self.train.path, kept, sets)
+        report[TRAIN] = origin | counts | left
+        return sets, report
+
+    def _rows(self, name: str) -> tuple[Iterator[tuple[str, str, int]], Report]:
+        """(question, answer, 0) of each row, blanks around them removed, and where they come from."""
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: there is no such file; task paths are relative to the folder where the command runs"
+            )
+
+        def rows() -> Iterator[tuple[str, str, int]]:
+            for where, row in read_rows(path):
+                for key, column in (("question", self.columns.question), ("answer", self.columns.answer)):
+                    value = row.get(column)
+                    if not (isinstance(value, str) or type(value) is int):
+                        what = (
+                            f"{value!r:.60} is neither text nor a whole number"
+                            if column in row
+                            else "there is no such column"
+                        )
+                        raise ValueError(
+                            f"{path}: {where}: column {column}: {what}; task.columns.{key} names it, and the file has "
+                            f"{', '.join(row)}"
+                        )
+                yield str(row[self.columns.question]).strip(), str(row[self.columns.answer]).strip(), 0
+
+        return rows(), {"file": name, "sha256": sha256(path)}
