@@ -43,11 +43,21 @@ if TYPE_CHECKING:
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
     from cppo.evaluation.lm_eval_task import write_tasks
+    from cppo.results.run_folder import RunFolder
+    from cppo.system.files import read_json
     from cppo.tasks.types import write_problems
 
     base = _suite(args).base(args.setting)
     folder = Path(args.root) / base.data
     sets, report = base.setting.task.load(base.setting_name)
+    if RunFolder(Path(args.root) / base.folder).done and (folder / "report.json").is_file():
+        before = read_json(folder / "report.json")
+        for name, found in report.items():
+            if found.get("sha256") != before.get(name, {}).get("sha256"):
+                raise ValueError(
+                    f"{folder}: the file of {name} has changed since the base model was made; give the new one another name, "
+                    "or delete this folder and what was trained on it"
+                )
     write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     for name, problems in sets.items():
