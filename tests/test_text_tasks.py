@@ -315,7 +315,10 @@ def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "größe"}'.encode("latin-1"))
     for train, says in (
-        ("nope.jsonl", r"nope.jsonl: there is no such file; task paths are relative to the folder where the command runs"),
+        (
+            "nope.jsonl",
+            r"nope.jsonl: there is no such file; task paths are relative to the folder where the command runs",
+        ),
         ("train.txt", r"train.txt: a file of problems ends in \.parquet, \.jsonl, \.csv$"),
         ("latin.jsonl", r"latin.jsonl: cannot be read as jsonl \(.*utf-8.*\); copy it again$"),
     ):
@@ -326,6 +329,8 @@ def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
 
 def test_prompts_of_ones_own_problems_follow_the_style(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    text = {style: tokenizer.decode(own(tmp_path, prompt=style).prompt_ids(tokenizer, "Why?")) for style in ("base", "chat")}
+    text = {
+        style: tokenizer.decode(own(tmp_path, prompt=style).prompt_ids(tokenizer, "Why?")) for style in ("base", "chat")
+    }
     asked = f"Why?\n{INSTRUCTION}"
     assert text == {"base": asked, "chat": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"}
