@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from cppo.objectives import names, spec
+from cppo.objectives import names, objective
 from cppo.suite.config import Model, RunConfig
 from cppo.suite.suite import Suite, load_suite
 
@@ -26,7 +26,7 @@ MOE = Model(
 
 
 def copy_checkout(folder: Path) -> None:
-    """What the workflow needs of the checkout, copied to `folder`."""
+    """Copy the parts of the checkout that the workflow needs to `folder`."""
     for name in ("Snakefile", "environment.yml", "workflow", "config", "slurm", "cppo", "paper_figures", "results"):
         source = ROOT / name
         if source.is_dir():
@@ -36,16 +36,16 @@ def copy_checkout(folder: Path) -> None:
 
 
 def smoke(folder: Path, **changes: Any) -> Suite:
-    """config/smoke.yaml with top-level keys replaced, written to `folder` and loaded."""
+    """The suite config/smoke.yaml with top-level keys replaced, written to `folder` and loaded."""
     raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump({**raw, **changes}))
     return load_suite(path)
 
 
-def run_of(suite: Suite, label: str, seed: int = 0) -> RunConfig:
-    """The suite's run of this label and seed."""
-    return next(run for run in suite.runs() if run.rule_name == label and run.seed == seed)
+def run_of(suite: Suite, rule: str, seed: int = 0) -> RunConfig:
+    """The suite's run of the rule of this name with this seed."""
+    return next(run for run in suite.runs() if run.rule_name == rule and run.seed == seed)
 
 
 VERL_SETTING: dict[str, Any] = {
@@ -64,13 +64,13 @@ VERL_SETTING: dict[str, Any] = {
     "iterations": 200,
     "checkpoint_every": 10,
     "scale": {
-        "engine": "verl",
+        "trainer": "verl",
         "precision": "bfloat16",
         "sharding": "fsdp2",
         "micro_rows": 2,
         "gradient_checkpointing": True,
         "tensor_parallel": 4,
-        "vllm_memory": 0.6,
+        "engine_memory": 0.6,
     },
 }
 """The paper's largest setting, on four nodes."""
@@ -81,11 +81,11 @@ def verl_suite(
     folder: Path,
     setting: dict[str, Any] | None = None,
     resources: dict[str, Any] | None = None,
-    objectives: list[dict[str, Any]] | None = None,
+    rules: list[dict[str, Any]] | None = None,
 ) -> Suite:
     """A suite of one setting that verl trains; the keys given replace VERL_SETTING's and the default resources'."""
     default = [
-        {"name": name, "objective": name, **({"divergence": BINARY_TV} if spec(name).divergence else {})}
+        {"name": name, "objective": name, **({"divergence": BINARY_TV} if "divergence" in objective(name).needs else {})}
         for name in names()
     ]
     raw = {
@@ -93,7 +93,7 @@ def verl_suite(
         "seeds": [0, 1],
         "settings": {"moe": merged(VERL_SETTING, setting or {})},
         "evaluation": {"samples": 16},
-        "objectives": default if objectives is None else objectives,
+        "rules": default if rules is None else rules,
         "resources": {"moe": {"gpus": 8, "nodes": 4, "cpus": 64, "memory_gb": 512.0, **(resources or {})}},
     }
     path = folder / "suite.yaml"
