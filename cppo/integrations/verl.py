@@ -98,7 +98,7 @@ def compute_policy_loss(
         raise ValueError(f"policy_loss._target_: {mode} needs {__name__}.PolicyLoss with loss_mode={mode}")
     if rollout_is_weights is not None:
         raise ValueError(
-            f"rollout_is_weights: {mode} is with_anchor on the rollout; set rollout_correction.bypass_mode=True"
+            f"rollout_is_weights: {mode} takes its ratio to the rollout; set rollout_correction.bypass_mode=True"
         )
     aggregation = cast(Aggregation, loss_agg_mode)
     horizon = config.loss_scale_factor if aggregation == "seq-mean-token-sum-norm" else None

@@ -118,7 +118,7 @@ def installed(python: str) -> dict[str, str]:
         "import importlib.metadata as m, json, sys, cppo; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     )
     remedy = (
-        f"engine verl needs verl {VERSION}, vllm, math-verify and this package in one environment; "
+        f"trainer verl needs verl {VERSION}, vllm, math-verify and this package in one environment; "
         "name its Python in CPPO_VERL_PYTHON (docs/cluster.md)"
     )
     try:
