@@ -16,6 +16,8 @@ from common import DataError, Results, canvas, save, script
 from matplotlib.axes import Axes
 from panels import band_note, legend, marks
 
+from cppo.objectives.divergence import position_weight
+
 COLUMNS = ("run", "rule", "setting", "iteration", "first", "last", "count", "drift", "tail")
 
 
@@ -65,15 +67,15 @@ def last_window(results: Results, setting: str, rule: str) -> pd.DataFrame:
 
 def thresholds(ax: Axes, results: Results, setting: str, length: int) -> None:
     """delta / w_t by position of every rule with a TV threshold per token."""
-    position = np.arange(1, length + 1)
+    position = np.arange(1.0, length + 1)
     drawn = False
     for rule in results.rules:
         entry = results.entry(rule)
         params = results.params_of(rule, setting)
         if (entry.get("divergence") or {}).get("kind") != "tv" or "delta" not in params or params.get("shuffle"):
             continue
-        span = params.get("span") or length
-        weight = 1 - (1 - params.get("w_min", 1)) * (position - 1) / max(span - 1, 1)
+        span = np.array(params.get("span") or length)
+        weight = position_weight(position, span, params.get("w_min", 1))
         look = results.look(rule)
         ax.plot(position, params["delta"] / weight, color=look.color, markevery=max(1, length // 8), **marks(look))
         drawn = True
