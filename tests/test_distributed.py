@@ -120,7 +120,10 @@ def rows(folder: Path, stream: str) -> list[dict[str, Any]]:
 
 
 def assert_close(a: object, b: object, where: str) -> None:
-    """Equal structure and texts, numbers within 1e-5 relative or 1e-6 absolute."""
+    """Equal structure and texts, numbers within 1e-5 relative or 2e-6 absolute.
+
+    A prefix threshold is a small difference of two sums over tokens: on one kind of processor it moves by 1.1e-6.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         assert a.keys() == b.keys(), where
         for key in a:
@@ -130,7 +133,7 @@ def assert_close(a: object, b: object, where: str) -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_close(x, y, f"{where}[{i}]")
     elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6), where
+        assert a == pytest.approx(b, rel=1e-5, abs=2e-6), where
     else:
         assert a == b, where
 
