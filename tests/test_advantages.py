@@ -14,15 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cppo import advantages
 from cppo.advantages import (
+    Outcomes,
     at_last_token,
-    from_outcomes,
-    gae,
-    gpg,
+    estimator,
+    generalised_advantages,
     group_relative,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    rloo,
     whiten,
     zero_variance,
 )
@@ -40,6 +38,13 @@ def double(values: Any) -> Tensor:
 
 def same(found: Tensor, expected: Any, **tolerance: Any) -> None:
     torch.testing.assert_close(found, double(expected), **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
+
+
+def estimate(name: str, rewards: Tensor, group: int, mask: Tensor | None = None, **values: Any) -> Tensor:
+    """The advantages [B, T] of a registered estimator; without a mask [B], from responses of one token."""
+    one_token = torch.ones(len(rewards), 1, dtype=torch.bool)
+    found, _ = estimator(name)(Outcomes(rewards, one_token if mask is None else mask, group, **values))
+    return found[:, 0] if mask is None else found
 
 
 def fixture_mask() -> Tensor:
@@ -109,7 +114,7 @@ def test_rloo_is_the_reward_minus_the_mean_of_the_others(batch: tuple[list[list[
         for i, r in enumerate(g):
             others = [x for j, x in enumerate(g) if j != i and not math.isnan(x)]
             expected.append(0.0 if math.isnan(r) or not others else r - sum(others) / len(others))
-    same(rloo(double(grouped).view(-1), size), expected, **SINGLE)
+    same(estimate("rloo", double(grouped).view(-1), size), expected, **SINGLE)
 
 
 @given(groups())
@@ -118,7 +123,7 @@ def test_gpg(batch: tuple[list[list[float]], int]) -> None:
     judged = [r for g in grouped for r in g if not math.isnan(r)]
     factor = len(judged) / max(1, sum(r != 0 for r in judged))
     expected = [factor * a for g in grouped for a in slow_group(g, std=False)]
-    same(gpg(double(grouped).view(-1), size), expected, rtol=2e-7, atol=2e-7)
+    same(estimate("gpg", double(grouped).view(-1), size), expected, rtol=2e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -172,7 +177,7 @@ def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_la
 @given(batches(), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
 def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, gae_lambda: float) -> None:
     rewards, values, mask = batch
-    advantages, returns = gae(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, gae_lambda)
+    advantages, returns = generalised_advantages(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, gae_lambda)
     slow_advantages, slow_returns = slow_gae(rewards, values, mask, gamma, gae_lambda)
     same(advantages, slow_advantages)
     same(returns, slow_returns)
@@ -182,7 +187,7 @@ def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, gae_lambda: flo
 def test_undiscounted_returns_of_an_outcome_are_the_outcome(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     """gamma = gae_lambda = 1 and a reward at the last trained token: the return of each token is R, whatever the values."""
     rewards, values, mask = batch
-    _, returns = gae(at_last_token(rewards[:, 0], mask), values, mask, 1.0, 1.0)
+    _, returns = generalised_advantages(at_last_token(rewards[:, 0], mask), values, mask, 1.0, 1.0)
     same(returns, torch.where(mask, rewards[:, :1], 0).tolist())
 
 
@@ -227,8 +232,8 @@ def test_reinforce_pp(batch: tuple[Tensor, Tensor, Tensor], data: st.DataObject)
     rows = mask.shape[0]
     rewards = data.draw(st.lists(REWARD, min_size=rows, max_size=rows))
     for found, per_row in (
-        (reinforce_pp(double(rewards), mask), rewards),
-        (reinforce_pp_baseline(double(rewards), rows, mask), slow_group(rewards, std=False)),
+        (estimate("reinforce_pp", double(rewards), rows, mask), rewards),
+        (estimate("reinforce_pp_baseline", double(rewards), rows, mask), slow_group(rewards, std=False)),
     ):
         at = [(b, t) for b in range(rows) for t in range(mask.shape[1]) if mask[b, t] and not math.isnan(rewards[b])]
         mean = sum(per_row[b] for b, _ in at) / max(len(at), 1)
@@ -244,8 +249,9 @@ def test_inputs_are_not_modified() -> None:
     values = torch.ones(4, 6, dtype=torch.float64)
     before = rewards.clone(), values.clone(), mask.clone()
     group_relative(rewards, 4, std=True)
-    gae(at_last_token(rewards, mask), whiten(values, mask), mask, 1.0, 0.95)
-    reinforce_pp(rewards, mask)
+    generalised_advantages(at_last_token(rewards, mask), whiten(values, mask), mask, 1.0, 0.95)
+    for name in advantages.names():
+        estimate(name, rewards, 2, mask, values=values)
     for now, then in zip((rewards, values, mask), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
@@ -256,12 +262,10 @@ def test_estimators_by_name() -> None:
     for name, per_row in {
         "grpo": group_relative(rewards, 2, std=True),
         "dr_grpo": group_relative(rewards, 2, std=False),
-        "rloo": rloo(rewards, 2),
-        "gpg": gpg(rewards, 2),
+        "rloo": 2 * group_relative(rewards, 2, std=False),
+        "gpg": 4 / 3 * group_relative(rewards, 2, std=False),
     }.items():
-        same(from_outcomes(name, rewards, 2, mask), torch.where(mask, per_row.unsqueeze(-1), 0).tolist())
-    same(from_outcomes("reinforce_pp", rewards, 2, mask), reinforce_pp(rewards, mask).tolist())
-    same(from_outcomes("reinforce_pp_baseline", rewards, 2, mask), reinforce_pp_baseline(rewards, 2, mask).tolist())
+        same(estimate(name, rewards, 2, mask), torch.where(mask, per_row.unsqueeze(-1), 0).tolist(), **SINGLE)
 
 
 # Stored vectors -------------------------------------------------------------------------------------------------------
@@ -271,23 +275,28 @@ def test_stored_group_estimators() -> None:
     rewards = double(REWARDS)
     same(group_relative(rewards, 4, std=True), VECTORS["adv_grpo"], **SINGLE)
     same(group_relative(rewards, 4, std=False), VECTORS["_meta"]["A"])
-    same(rloo(rewards, 4), VECTORS["adv_rloo"], **SINGLE)
-    same(gpg(rewards, 4), VECTORS["adv_gpg"], **SINGLE)
+    same(estimate("rloo", rewards, 4), VECTORS["adv_rloo"], **SINGLE)
+    same(estimate("gpg", rewards, 4), VECTORS["adv_gpg"], **SINGLE)
 
 
 def test_stored_reinforce_pp() -> None:
     """Also as GAE with no critic: it is the same estimator."""
     rewards, mask = double(REWARDS), fixture_mask()
-    same(reinforce_pp(rewards, mask)[0], VECTORS["adv_rfpp_row0"], **SINGLE)
-    raw, _ = gae(at_last_token(rewards, mask), torch.zeros(4, 6, dtype=torch.float64), mask, 1.0, 1.0)
-    same(whiten(raw, mask), reinforce_pp(rewards, mask).tolist())
+    found = estimate("reinforce_pp", rewards, 4, mask)
+    same(found[0], VECTORS["adv_rfpp_row0"], **SINGLE)
+    raw, _ = generalised_advantages(
+        at_last_token(rewards, mask), torch.zeros(4, 6, dtype=torch.float64), mask, 1.0, 1.0
+    )
+    same(whiten(raw, mask), found.tolist())
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.95])
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.95])
 def test_stored_gae(gae_lambda: float) -> None:
     """The critic's values are stored to 7 decimals, the advantages are whitened over the batch, the returns are not."""
-    mask, stored = fixture_mask(), VECTORS[f"gae_lam{lam}"]
-    raw, returns = gae(at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, gae_lambda)
+    mask, stored = fixture_mask(), VECTORS[f"gae_lam{gae_lambda}"]
+    raw, returns = generalised_advantages(
+        at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, gae_lambda
+    )
     white = whiten(raw, mask)
     same(white[0], stored["adv_row0"], rtol=0, atol=3e-7)
     same(white[2, :3], stored["adv_row2"][:3], rtol=0, atol=3e-7)

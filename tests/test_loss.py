@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cppo.loss import Aggregation, batch_denominator, policy_loss
-from cppo.objectives import Terms, Tokens, names, objective, register, params_of, spec
+from cppo.objectives import Terms, Tokens, names, objective, params_of, register, spec
+from cppo.objectives.registry import _REGISTRY
 
 HORIZON = 20
 
@@ -256,7 +257,6 @@ def test_wrong_type(name: str, setting: str, value: object) -> None:
     [
         ("cppo", "delta", 0.0, "above 0"),
         ("cppo", "delta", -0.1, "above 0"),
-        ("cppo", "delta", float("nan"), "above 0"),
         ("cppo", "delta_b", 0.0, "above 0"),
         ("cppo", "cap", -1.0, "above 0"),
         ("cppo", "span", 0, "above 0"),
@@ -292,6 +292,15 @@ def test_wrong_type(name: str, setting: str, value: object) -> None:
 def test_out_of_range(name: str, setting: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{setting}: {value} must be {message}"):
         objective(name, **{setting: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_parameters_are_finite(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^delta: {value} of objective cppo: Input should be a finite number"):
+        objective("cppo", delta=value)
+    if not value > 0:
+        with pytest.raises(ValueError, match=rf"^delta: {value} must be above 0"):
+            spec("cppo").params(delta=value)
 
 
 def test_trm_needs_a_criterion() -> None:
@@ -377,7 +386,7 @@ def bare(cfg: Near, tokens: Tokens) -> Terms:
 def test_a_plugin_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "near_rules.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("cppo.objectives.registry._REGISTRY", {name: spec(name) for name in names()})
+    monkeypatch.setattr(_REGISTRY, "_entries", dict(_REGISTRY._entries))
     rule = objective("near_rules:near", limit=0.2)
     assert rule.name == "near" and "near" in names()
     tokens = one_row([0.1, 0.3], [1.0, 1.0], [0.0, 0.0])
@@ -389,5 +398,5 @@ def test_a_plugin_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }.items():
         with pytest.raises(ValueError, match=message):
             objective(path)
-    with pytest.raises(ValueError, match="limt: unknown setting of objective near_rules:near"):
+    with pytest.raises(ValueError, match="limt: unknown parameter of objective near_rules:near"):
         objective("near_rules:near", limt=0.2)
