@@ -5,6 +5,8 @@ Legend: P prompts, G responses a prompt, B = P G rows, T tokens.
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +164,7 @@ def test_centred_advantages_sum_to_zero(batch: tuple[list[list[float]], int]) ->
 
 
 def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Any, Any]:
-    """The definition: A_t = sum over later trained tokens k of (gamma gae_lambda)^k delta, with only trained tokens in the row."""
+    """The definition: A_t = sum over later trained tokens k of (gamma gae_lambda)^k delta; a row has trained tokens only."""
     advantages, returns = torch.zeros_like(values).tolist(), torch.zeros_like(values).tolist()
     for b in range(mask.shape[0]):
         at = [t for t in range(mask.shape[1]) if mask[b, t]]
@@ -301,3 +303,107 @@ def test_stored_gae(gae_lambda: float) -> None:
     same(white[0], stored["adv_row0"], rtol=0, atol=3e-7)
     same(white[2, :3], stored["adv_row2"][:3], rtol=0, atol=3e-7)
     same(returns[0], stored["ret_row0"], rtol=0, atol=3e-7)
+
+
+# One's own ------------------------------------------------------------------------------------------------------------
+
+MODULE = """
+import torch
+from cppo import advantages
+from cppo.advantages import Outcomes, group_relative
+
+@advantages.register()
+def signs(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=False).sign())
+
+@advantages.register()
+def by_row(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.rewards
+
+@advantages.register()
+def unjudged(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(outcomes.rewards)
+
+@advantages.register(critic=True)
+def half(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(outcomes.rewards)
+
+@advantages.register(critic=True)
+def narrow(outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor]:
+    return outcomes.values - 1, outcomes.values[:, :1]
+
+@advantages.register(critic=True)
+def values(outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.where(outcomes.mask, outcomes.values - 1, torch.nan), outcomes.gamma * outcomes.values
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module own_advantages on the path, registered for one test."""
+    (tmp_path / "own_advantages.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_advantages", raising=False)
+    monkeypatch.setattr(advantages._REGISTRY, "_entries", dict(advantages._REGISTRY._entries))
+
+
+OUTCOMES = Outcomes(double([1, 0, 0.5, 1]), fixture_mask(), 2, double([[2.0] * 6] * 4), gamma=0.5)
+
+
+def test_an_estimator_by_import_path(own: None) -> None:
+    found, returns = estimator("own_advantages:signs")(OUTCOMES)
+    same(found, torch.where(fixture_mask(), double([1, -1, -1, 1]).unsqueeze(1), 0).tolist())
+    assert returns is None and "signs" in advantages.names()
+
+
+def test_a_critic_estimator_by_import_path(own: None) -> None:
+    """What it says outside the mask, also NaN, is 0."""
+    made = estimator("own_advantages:values")
+    found, returns = made(OUTCOMES)
+    assert made.critic and returns is not None
+    same(found, fixture_mask().double().tolist())
+    same(returns, fixture_mask().double().tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("by_row", r"advantage by_row: expected advantages of shape \(4, 6\), got \(4,\)"),
+        ("half", r"advantage half: expected \(advantages, returns\), each of shape \(4, 6\), got \(4, 6\)"),
+        ("narrow", r"advantage narrow: expected .* each of shape \(4, 6\), got \(4, 6\) and \(4, 1\)"),
+        ("unjudged", "advantage unjudged: an advantage is not finite; unjudged rewards are NaN and must get 0"),
+    ],
+)
+def test_a_wrong_result_is_refused_in_one_line(own: None, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        estimator(f"own_advantages:{name}")(replace(OUTCOMES, rewards=double([1, NAN, 0.5, 1])))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grpoo", "unknown advantage 'grpoo'; known: dr_grpo, gae, gpg, grpo, .*, or 'module:function' of your own"),
+        (
+            "own_advantages:none",
+            r"advantage 'own_advantages:none': own_advantages has no function none decorated with ",
+        ),
+        ("no_such_module:x", "advantage 'no_such_module:x': No module named 'no_such_module'; is its folder on"),
+        ("a b:c", "advantage 'a b:c': an import path reads 'package.module:function'"),
+    ],
+)
+def test_an_estimator_that_is_not_there(own: None, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        estimator(name)
+
+
+def test_gae_by_its_name_is_whitened_over_judged_rows() -> None:
+    """From the rewards to advantages and returns, with one response that could not be judged."""
+    rewards, mask = double([1, NAN, 0, 1]), fixture_mask()
+    values = double(VECTORS["gae_lam0.95_vals"])
+    outcomes = Outcomes(rewards, mask, 4, values, gamma=0.9, gae_lambda=0.5)
+    found, returns = estimator("gae")(outcomes)
+    raw, expected = generalised_advantages(at_last_token(rewards, mask), values, mask, 0.9, 0.5)
+    judged = mask & ~rewards.isnan().unsqueeze(1)
+    same(found, whiten(raw, judged).tolist())
+    assert (found[1] == 0).all() and returns is not None
+    same(returns, expected.tolist())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loops import LOOPS, budget, cppo_loop, read
 
 from cppo.objectives import Objective, Reason, Tokens, names, objective, spec
-from cppo.objectives.divergence import prefix_sums
+from cppo.objectives.divergence import position_weight, prefix_sums
 from cppo.objectives.types import padded_like
 
 ATOL = 1e-12
@@ -380,3 +380,30 @@ def test_ragged_masks_have_holes_and_empty_rows() -> None:
     last = torch.where(mask, torch.arange(9), -1).amax(-1)
     assert (lengths == 0).any() and (lengths == 1).any() and (last + 1 > lengths).any()
     assert not MANY.mask[:, 0].all() and (MANY.advantages == 0).any()
+
+
+def test_weights_stay_at_w_min_beyond_the_span() -> None:
+    """A padded horizon shorter than a response: the weights fall over it, then stay, instead of going on to fall."""
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    tokens = random_tokens(0, 1, 9, mask)
+    for w_min in (0.8, 0.1):
+        rule = objective("cppo", span=5, w_min=w_min)
+        weight = prefix_sums(rule.params, replace(tokens, divergence=torch.ones_like(tokens.logp))).weighted
+        step = (1 - w_min) / 4
+        expected = [1 - step * t for t in range(5)] + [w_min] * 4
+        torch.testing.assert_close(weight, torch.tensor([expected], dtype=torch.float64))
+    one = prefix_sums(objective("cppo", span=1).params, replace(tokens, divergence=torch.ones_like(tokens.logp)))
+    torch.testing.assert_close(one.weighted[0, :2], torch.tensor([1.0, 0.8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_position_weight(dtype: torch.dtype) -> None:
+    """One function for the rule, the theory and the figures; its span is a number or one of each response."""
+    position = torch.arange(1, 7, dtype=dtype)
+    expected = torch.tensor([1 - 0.2 * min(t / 4, 1) for t in range(6)], dtype=dtype)
+    torch.testing.assert_close(position_weight(position, 5, 0.8), expected)
+    by_row = position_weight(position.expand(2, 6), torch.tensor([[5], [3]]), 0.8)
+    assert by_row.dtype == dtype
+    torch.testing.assert_close(by_row[0], expected)
+    torch.testing.assert_close(by_row[1], torch.tensor([1, 0.9, 0.8, 0.8, 0.8, 0.8], dtype=dtype))
+    assert position_weight(torch.ones(1), 1, 0.5).item() == 1
