@@ -22,7 +22,12 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Estimate of the divergence": ("cppo", "cppo_binary", "dppo"),
     },
 }
-"""Panels of the ablation figures: title -> labels of the suite's objectives, in the order of the legend."""
+"""Panels of the ablation figures: title -> names of the suite's rules, in the order of the legend."""
+
+THRESHOLDS = ("weighted", "threshold", "prefix_threshold")
+"""Traces that Figure 3 draws."""
+BUDGET = ("delta_b",)
+"""Trace that Figure 7 draws."""
 
 
 def available(suite: dict[str, Any]) -> list[str]:
@@ -43,30 +48,31 @@ def lacks(suite: dict[str, Any], item: str) -> str | None:
     if item not in (*TABLES, *FIGURES):
         raise ValueError(f"unknown item {item!r}; known: {', '.join((*TABLES, *FIGURES))}")
     if item in ABLATIONS and not panels(suite, item):
-        absent = sorted({label for row in ABLATIONS[item].values() for label in row} - set(_labels(suite)))
-        return f"no panel has all its objectives; the suite has none named {', '.join(absent)}"
-    if item == "figure3" and not cppo_labels(suite):
-        return "the suite has no run of objective cppo, whose tokens it shows"
-    if item == "figure7" and not budget_labels(suite):
-        return "the suite has no run of objective cppo with a prefix budget (delta_b)"
+        absent = sorted({rule for row in ABLATIONS[item].values() for rule in row} - set(_rules(suite)))
+        return f"no panel has all its rules; the suite has none named {', '.join(absent)}"
+    for name, traces in (("figure3", THRESHOLDS), ("figure7", BUDGET)):
+        if item == name and not any(showing(suite, *traces).values()):
+            return f"no rule of the suite shows {', '.join(traces)} (Terms.traces)"
     return None
 
 
 def panels(suite: dict[str, Any], item: str) -> dict[str, tuple[str, ...]]:
-    """The ablation panels of which the suite has every objective."""
-    return {title: row for title, row in ABLATIONS[item].items() if set(row) <= set(_labels(suite))}
+    """The ablation panels of which the suite has every rule."""
+    return {title: row for title, row in ABLATIONS[item].items() if set(row) <= set(_rules(suite))}
 
 
-def cppo_labels(suite: dict[str, Any]) -> list[str]:
-    """Labels of the suite's runs of objective cppo."""
-    return [entry["name"] for entry in suite["objectives"] if entry["objective"] == "cppo"]
+def showing(suite: dict[str, Any], *traces: str) -> dict[str, list[str]]:
+    """Objective -> names of its rules that show all these traces, in the order of the suite.
+
+    A trace whose name is also that of a parameter is not shown while the parameter is null.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in suite["rules"]:
+        shown = {trace for trace in entry.get("traces", ()) if entry.get("params", {}).get(trace, 1) is not None}
+        if shown >= set(traces):
+            found.setdefault(entry["objective"], []).append(entry["name"])
+    return found
 
 
-def budget_labels(suite: dict[str, Any]) -> list[str]:
-    """Those of them with a prefix budget (which is the objective's default)."""
-    off = {entry["name"] for entry in suite["objectives"] if entry.get("settings", {}).get("delta_b", 1) is None}
-    return [label for label in cppo_labels(suite) if label not in off]
-
-
-def _labels(suite: dict[str, Any]) -> list[str]:
-    return [entry["name"] for entry in suite["objectives"]]
+def _rules(suite: dict[str, Any]) -> list[str]:
+    return [entry["name"] for entry in suite["rules"]]

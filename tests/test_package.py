@@ -1,15 +1,19 @@
 """What a stranger installs: the wheel works on its own, the pins agree, the README's table is true."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import ROOT
+
+import cppo
 
 
 def pins() -> list[str]:
@@ -83,24 +87,92 @@ def test_objectives_import_neither_transformers_nor_lm_eval() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_imports_point_backwards() -> None:
-    """The order in the package's docstring is the order of its imports (functions may import late, with a reason)."""
-    import cppo
+PACKAGE = ROOT / "cppo"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OPTIONAL = {"vllm", "verl", "trl"}
+"""Packages that may be missing, so that they may be imported in a function."""
 
-    listed = re.search(r"in this order: (.*?)\.\n", cppo.__doc__ or "", re.DOTALL)
-    assert listed is not None
-    order = [name.strip() for name in listed[1].replace("\n", " ").split(",")]
-    modules = {p.stem for p in (ROOT / "cppo").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__pycache__", "verify_worker"} == set(order)
-    for name in order:
-        path = ROOT / "cppo" / name
-        files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            for found in re.findall(
-                r"^(?:from|import) cppo\.(\w+)|^from cppo import (.+)", file.read_text(), re.MULTILINE
-            ):
-                for imported in [found[0]] if found[0] else re.split(r", ", found[1]):
-                    assert order.index(imported) <= order.index(name), f"{file.name} imports {imported}"
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether a function imports it) of every import in a file, wherever it stands."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, path
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.append((name if name in MODULES else node.module, id(node) in inside))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in inside) for alias in node.names]
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports."""
+    return {name for name, _ in imports_of(path) if name.split(".")[0] == "cppo"}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    TopologicalSorter({name: own_imports(path) for name, path in MODULES.items()}).prepare()
+
+
+def test_imports_point_one_way() -> None:
+    """The package's docstring lists its rooms in order; a file imports from earlier ones and its own only."""
+    order = re.findall(r"^    ([\w.]+) {2,}\S", cppo.__doc__ or "", re.MULTILINE)
+
+    def place(module: str) -> int:
+        parts = module.removeprefix("cppo.").split(".")
+        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        return next(order.index(prefix) for prefix in prefixes if prefix in order)
+
+    wrong = [
+        f"{name} imports {imported}"
+        for name, path in MODULES.items()
+        for imported in own_imports(path)
+        if name != "cppo" and imported != "cppo" and place(imported) > place(name)
+    ]
+    assert not wrong
+    assert {name.split(".")[1] for name in MODULES if name != "cppo"} == {name.split(".")[0] for name in order}
+
+
+PROGRAMS = {"cppo.__main__", "cppo.rewards.verify_worker"}
+"""The command line imports what a command needs when it is given; the judge's process guards itself before it imports."""
+
+
+def test_functions_import_optional_packages_only() -> None:
+    wrong = [
+        f"{path.name} imports {imported} in a function"
+        for name, path in MODULES.items()
+        if name not in PROGRAMS
+        for imported, inside in imports_of(path)
+        if inside and imported.split(".")[0] not in OPTIONAL
+    ]
+    assert not wrong
+
+
+def test_files_are_of_a_size_that_a_person_holds_in_mind() -> None:
+    sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(sizes.values()) <= 460, max(sizes, key=sizes.__getitem__)
+    assert sizes["cppo.training.train"] < 300
+
+
+def test_the_run_folder_has_one_owner() -> None:
+    """No other file of the package spells the names of its parts."""
+    for name, path in MODULES.items():
+        if name in ("cppo.results.run_folder", "cppo.system.lock"):
+            continue
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & {"DONE", "checkpoints", "provenance.json", "metrics.jsonl"}, name
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CITATION.cff", "CONTRIBUTING.md", "LOG.md"])
@@ -128,6 +200,4 @@ def test_readme_shows_the_published_table() -> None:
 
 
 def test_version_is_said_once() -> None:
-    import cppo
-
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == cppo.__version__

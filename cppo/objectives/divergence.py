@@ -4,6 +4,7 @@ Both keep every update that moves the ratio toward one, A_t (rho_t - 1) <= 0, an
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,6 +140,15 @@ class PrefixSums:
     """[B], the effective budget per token; infinity without a budget."""
 
 
+def position_weight(position: Any, span: Any, w_min: float) -> Any:
+    """CPPO's weight w_t = 1 - (1 - w_min)(t - 1)/(span - 1), and w_min from t = span on; 1 for span 1 (Eq. 9).
+
+    position: t from 1 on, floating point; span: length over which the weights fall, which broadcasts with it. Both are tensors,
+    or both are NumPy arrays.
+    """
+    return 1 - (1 - w_min) * ((position - 1) / (span - 1).clip(1)).clip(None, 1)
+
+
 def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
     """Weights, exclusive prefix sums and thresholds of CPPO (Eq. 8-10, 22), in at least float32."""
     mask, divergence = tokens.mask, divergence_of(tokens)
@@ -148,9 +158,8 @@ def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
         assert tokens.position is not None  # declared as a need
         position = tokens.position
     span = length if cfg.span is None else cfg.span * torch.ones_like(length)
-    # Divided in the divergence's precision (two integers would divide in float32); T = 1 gives w_1 = 1.
-    fraction = ((position - 1).to(divergence.dtype) / (span - 1).clamp(min=1)).clamp(max=1)
-    weight = torch.where(mask, 1 - (1 - cfg.w_min) * fraction, 0)
+    # In the divergence's precision: two integers would divide in float32.
+    weight = torch.where(mask, position_weight(position.to(divergence.dtype), span, cfg.w_min), 0)
     weighted = weight * divergence
     if cfg.delta_b is None:
         delta_b = torch.full_like(divergence[:, 0], torch.inf)
