@@ -10,9 +10,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from cppo.models.logprobs import statistics
+from cppo.models.logprobs import token_logprobs
 from cppo.suite.suite import Suite, load_suite
-from cppo.tasks.published import DAPO_AFTER, DAPO_BEFORE
+from cppo.tasks.math import DAPO_AFTER, DAPO_BEFORE
 
 INSTRUCTION = 'Put the "final" answer within \\boxed{}.'
 TEMPLATE = (
@@ -118,12 +118,12 @@ def make_checkpoint(folder: Path, prompts: list[list[int]]) -> Path:
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
     answers = [[*tokenizer(f"\\boxed{{{n}}}").input_ids, tokenizer.eos_token_id] for n in (3, 5)]
     assert len(answers[0]) == len(answers[1])
-    asked = [prompt for prompt in prompts for _ in answers]
+    rows = [prompt for prompt in prompts for _ in answers]
     responses = torch.tensor([answer for _ in prompts for answer in answers])
     mask = torch.ones_like(responses, dtype=torch.bool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = -statistics(model, asked, responses, mask, temperature=1.0).logp.mean()
+        loss = -token_logprobs(model, rows, responses, mask, temperature=1.0).logp.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def raw_suite(data: Path, checkpoint: Path) -> dict[str, Any]:
         "checkpoint_every": 1,
     }
     divergence = {"estimator": "top_k", "k": 4}
-    objectives = [
+    rules = [
         {"name": "cppo", "objective": "cppo", "divergence": divergence},
         {"name": "grpo", "objective": "grpo"},
     ]
@@ -162,7 +162,7 @@ def raw_suite(data: Path, checkpoint: Path) -> dict[str, Any]:
         "seeds": [0],
         "settings": {"tiny": setting},
         "evaluation": {"samples": 8},
-        "objectives": objectives,
+        "rules": rules,
     }
 
 

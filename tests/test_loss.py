@@ -218,7 +218,7 @@ def test_missing_divergence(name: str) -> None:
 
 
 def test_missing_position() -> None:
-    with pytest.raises(ValueError, match=r"cppo with shuffle=True needs tokens\.position"):
+    with pytest.raises(ValueError, match=r"^objective cppo needs tokens\.position: a permutation"):
         policy_loss(objective("cppo", shuffle=True), replace(TOKENS, position=None))
 
 
@@ -229,7 +229,7 @@ def test_unknown_objective() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_unknown_setting(name: str) -> None:
-    with pytest.raises(ValueError, match=f"detla: unknown setting of objective {name}; known: "):
+    with pytest.raises(ValueError, match=f"detla: unknown parameter of objective {name}; known: "):
         objective(name, detla=0.1)
 
 
@@ -334,7 +334,7 @@ def test_settings_must_be_a_frozen_dataclass() -> None:
     before = names()
     wrong: list[Any] = [thawed, untyped, plain, nothing]
     for function in wrong:
-        message = f"objective {function.__name__}: annotate its first parameter with a frozen dataclass of settings"
+        message = f"objective {function.__name__}: annotate its first parameter with a frozen dataclass of parameters"
         with pytest.raises(ValueError, match=message):
             register()(function)
     assert names() == before
