@@ -5,7 +5,7 @@ rule collect:
     input:
         lambda w: [
             f"runs/{run.folder}/{SCORES}"
-            for run in (*loaded().bases(), *loaded().runs())
+            for run in (*suite().bases(), *suite().runs())
         ],
     output:
         expand(
