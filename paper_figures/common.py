@@ -23,8 +23,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-TEXT = {"run", "rule", "setting", "status", "benchmark", "problem", "token"}
-"""Columns that are text whatever they hold (a token may read "1" or "NA"); all others must be numbers."""
+from cppo.results.columns import check_columns, parse_csv
 
 RANK_FROM = 5
 """Seeds from which on intervals are bootstrapped and rules ranked; below, mean and min-max."""
@@ -131,28 +130,21 @@ class Results:
             raise DataError(f"{self.folder}/suite.json: {item} cannot be drawn: {lack}")
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
-        """<name>.csv with these columns; DataError when file, column or rows are missing or not numbers."""
+        """These columns of <name>.csv.
+
+        Raises DataError when the file, a column or every row is missing, or for text where a number is expected.
+        """
         path = self.folder / f"{name}.csv"
-        table = self._read(path)
-        for column in columns:
-            if column not in table:
-                raise DataError(f"{path}: no column {column!r}; it has {', '.join(table.columns)}")
+        try:
+            if name not in self._tables:
+                self._tables[name] = parse_csv(path)
+            table = self._tables[name]
+            check_columns(table, columns, path)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         if table.empty:
             raise DataError(f"{path}: no rows")
-        for column in columns:
-            if column not in TEXT and table[column].dtype == object:
-                table[column] = _numbers(table[column], path)
         return table[list(columns)]
-
-    def _read(self, path: Path) -> pd.DataFrame:
-        if path.name not in self._tables:
-            try:
-                self._tables[path.name] = pd.read_csv(path, dtype=object, keep_default_na=False)
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror}") from None
-            except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: not a CSV table: {str(error).splitlines()[0]}") from None
-        return self._tables[path.name]
 
     def look(self, rule: str) -> Look:
         """Fixed for known rules; others get the next free colour in the order of the suite's rows."""
@@ -171,15 +163,6 @@ class Results:
     def title(self, setting: str) -> str:
         """The setting's display name."""
         return str(self.suite["settings"][setting]["title"])
-
-
-def _numbers(column: "pd.Series[Any]", path: Path) -> "pd.Series[Any]":
-    """A column of text as floats; empty = NaN."""
-    numbers = pd.to_numeric(column.where(column != "", "nan"), errors="coerce").astype(float)
-    bad = column[numbers.isna() & ~column.str.lower().isin(["", "nan"])]
-    if len(bad):
-        raise DataError(f"{path}: column {column.name!r}: {bad.iloc[0]!r} is not a number")
-    return numbers
 
 
 def script(doc: str | None, draw: Callable[[Results, Path], None]) -> Callable[[Sequence[str] | None], int]:

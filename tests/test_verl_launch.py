@@ -121,7 +121,7 @@ def test_verl_accepts_every_advantage(advantage: str, sharding: str, base: Path,
         assert (
             critic.model.path == str(base)
             and critic.loss_agg_mode == "token-mean"
-            and config.algorithm.gae_lambda == 0.95
+            and config.algorithm.lam == 0.95
         )
 
 

@@ -42,6 +42,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"scale": {"tensor_parallel": 3}}, {}, {}, f"{SETTING}.scale.tensor_parallel: 3 does not divide the 8 GPUs"),
     ({"scale": {"micro_rows": 3}}, {}, {}, f"{SETTING}.scale.micro_rows: 3 does not divide a rank's 8 responses"),
     ({"scale": {"trainer": "builtin", "sharding": "megatron"}}, {}, {}, f"{SETTING}.scale: sharding: megatron is only for"),
+    ({"scale": {"engine": "verl"}}, {}, {}, f"{SETTING}.scale: engine: verl is a trainer, not an engine"),
     ({"rollout": {"resample": 1}}, {}, {}, f"{SETTING}.rollout.resample: verl's dynamic sampling has no limit"),
     ({"optimizer": {"warmup_updates": 5}}, {}, {}, f"{SETTING}.optimizer.warmup_updates: 5 is no multiple of the 2"),
     ({}, {"gpus": 0}, {}, "resources.moe.gpus: trainer verl needs at least 1"),
@@ -98,6 +99,7 @@ def test_the_papers_largest_setting_renders(tmp_path: Path) -> None:
     for run in runs:
         resources = suite.resources[run.setting_name]
         found = verl_command.overrides(run, resources, tmp_path / "base", tmp_path / "run")
+        assert run.setting.engine == "vllm", "the engine that scores the checkpoints"
         rollout = (found["data.train_batch_size"], found["actor_rollout_ref.rollout.n"])
         assert (*rollout, found["actor_rollout_ref.actor.ppo_mini_batch_size"]) == (256, 16, 32)
         assert found["actor_rollout_ref.actor.loss_scale_factor"] == found["data.max_response_length"] == 16384

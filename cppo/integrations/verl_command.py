@@ -184,7 +184,7 @@ def _critic(run: RunConfig, base: Path, micro: int, noise: int) -> dict[str, Any
     engine = "critic.megatron" if megatron else "critic.fsdp"
     return {
         "algorithm.gamma": setting.critic.gamma,
-        "algorithm.gae_lambda": setting.critic.gae_lambda,
+        "algorithm.lam": setting.critic.gae_lambda,
         "critic.model.path": base.resolve(),
         "critic.model.enable_gradient_checkpointing": setting.scale.gradient_checkpointing,
         "critic.ppo_micro_batch_size_per_gpu": micro,
