@@ -34,7 +34,7 @@ Bad = tuple[str | bytes, str]
 KINDS: dict[str, Callable[[random.Random], Bad]] = {}
 COMMANDS = {
     "check-suite": lambda suite, root: ["check-suite", suite],
-    "runs": lambda suite, root: ["runs", "--suite", suite, "--root", root],
+    "runs": lambda suite, root: ["runs", "--suite", suite],
     "train": lambda suite, root: ["train", "--suite", suite, "--root", root, "--run", "0123456789"],
     "data": lambda suite, root: ["data", "--suite", suite, "--root", root, "--setting", "tiny"],
     "collect": lambda suite, root: ["collect", "--suite", suite, "--root", root],
