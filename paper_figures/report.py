@@ -2,8 +2,8 @@
 
     python paper_figures/report.py results/mini results/ablations --out runs/report.html
 
-Each argument is a folder with a suite's tables and with figures/ drawn from them. A caption is the first line of the script that
-draws the item. The page holds its pictures, so it can be sent as one file.
+Each argument is a folder with a suite's tables and with figures/ drawn from them. A caption is the first line of the script
+that draws the item. The page holds its pictures, so it can be sent as one file.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from torch import Tensor
 from cppo import divergences
 from cppo.integrations import SampledTokenLoss
 from cppo.loss import Aggregation, policy_loss
-from cppo.objectives import Tokens, names, objective, spec
+from cppo.objectives import Tokens, names, objective
 
 pytest.importorskip("verl", reason="verl is not installed; it has an environment of its own: make test-verl")
 from hydra import compose, initialize_config_module
@@ -62,9 +62,7 @@ def actor(loss: Any, **changes: Any) -> Any:
 def ours(name: str, divergence: dict[str, Any] | None = None, **params: Any) -> Any:
     if divergence is None and "divergence" in objective(name).needs:
         divergence = BINARY
-    return PolicyLoss(
-        loss_mode=f"cppo_bench_{name}", params=params, divergence=divergence, rollout_correction=BYPASS
-    )
+    return PolicyLoss(loss_mode=f"cppo_bench_{name}", params=params, divergence=divergence, rollout_correction=BYPASS)
 
 
 def called(

@@ -18,8 +18,8 @@ from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo import advantages
 from cppo.integrations import SampledTokenLoss, verl_checks, verl_command, verl_launch
-from cppo.results.run_folder import RunFolder
 from cppo.objectives import names
+from cppo.results.run_folder import RunFolder
 from cppo.rewards import overlong_penalty
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import load_suite
@@ -118,11 +118,7 @@ def test_verl_accepts_every_advantage(advantage: str, sharding: str, base: Path,
     if advantage == "gae":
         critic = omega_conf_to_dataclass(config.critic)
         assert critic.strategy == sharding and critic.optim.lr == pytest.approx(1e-5) and critic.cliprange_value == 0.2
-        assert (
-            critic.model.path == str(base)
-            and critic.loss_agg_mode == "token-mean"
-            and config.algorithm.lam == 0.95
-        )
+        assert critic.model.path == str(base) and critic.loss_agg_mode == "token-mean" and config.algorithm.lam == 0.95
 
 
 def test_values_arrive(base: Path, tmp_path: Path) -> None:

@@ -41,10 +41,15 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"scale": {"engine_gpus": 2}}, {}, {}, f"{SETTING}.scale.engine_gpus: verl's vLLM shares"),
     ({"scale": {"tensor_parallel": 3}}, {}, {}, f"{SETTING}.scale.tensor_parallel: 3 does not divide the 8 GPUs"),
     ({"scale": {"micro_rows": 3}}, {}, {}, f"{SETTING}.scale.micro_rows: 3 does not divide a rank's 8 responses"),
-    ({"scale": {"trainer": "builtin", "sharding": "megatron"}}, {}, {}, f"{SETTING}.scale: sharding: megatron is only for"),
+    (
+        {"scale": {"trainer": "builtin", "sharding": "megatron"}},
+        {},
+        {},
+        f"{SETTING}.scale: sharding: megatron is only for",
+    ),
     ({"scale": {"engine": "verl"}}, {}, {}, f"{SETTING}.scale: engine: verl is a trainer, not an engine"),
     ({"rollout": {"resample": 1}}, {}, {}, f"{SETTING}.rollout.resample: verl's dynamic sampling has no limit"),
-    ({"optimizer": {"warmup_updates": 5}}, {}, {}, f"{SETTING}.optimizer.warmup_updates: 5 is no multiple of the 2"),
+    ({"optimizer": {"warmup_updates": 5}}, {}, {}, f"{SETTING}.optimizer.warmup_updates: 5 is not a multiple of the 2"),
     ({}, {"gpus": 0}, {}, "resources.moe.gpus: trainer verl needs at least 1"),
     ({}, {"cpus": 31}, {}, "resources.moe.cpus: verl needs at least 4 for each GPU"),
     ({}, {"nodes": 5}, {}, "resources.moe.gpus: 40 data-parallel ranks do not divide the 256 responses"),
@@ -70,7 +75,7 @@ def test_refused_when_the_suite_is_loaded(
 
 
 def test_a_divergence_for_one_setting(tmp_path: Path) -> None:
-    """A suite compares settings of several engines: where verl trains, `params_by_setting` names the divergence that it can have."""
+    """A suite compares settings of several trainers: where verl trains, `params_by_setting` names a divergence that it has."""
     top = {"estimator": "top_k", "kind": "tv", "k": 20}
     entry = {**CPPO, "divergence": top, "params_by_setting": {"moe": {"delta": 0.2, "divergence": BINARY_TV}}}
     run = verl_suite(tmp_path, rules=[entry]).runs()[0]

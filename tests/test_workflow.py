@@ -1,4 +1,4 @@
-"""The workflow on a copy of the checkout: what is planned, what runs, what is left alone, and both ways to a rule of one's own."""
+"""The workflow on a copy of the checkout: what is planned, what runs, what is left alone, and both ways to add a rule."""
 
 import os
 import re
@@ -177,7 +177,7 @@ def test_redrawing_published_figures_plans_no_training(checkout: Path) -> None:
 
 @pytest.mark.parametrize("way", ["workflow file", "suite entry"])
 def test_a_rule_of_the_users_own(checkout: Path, way: str) -> None:
-    """Added by a workflow file with `use rule`, or by an entry with an import path: only its own jobs are new, and it is scored.
+    """Added by a workflow file with `use rule`, or by an entry with an import path: only its own jobs are new.
 
     After an edit of its module's code the same jobs are new again; after an edit of its comments and docstrings none is.
     """
@@ -221,7 +221,9 @@ def test_the_old_name_of_add_rule_tells_the_new_one(checkout: Path) -> None:
     path = checkout / "workflow" / "rules" / "baselines" / "old.smk"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
-        BASELINE.replace("added=add_rule", "baseline=baseline").replace("rule=", "label=").replace("params={", "settings={")
+        BASELINE.replace("added=add_rule", "baseline=baseline")
+        .replace("rule=", "label=")
+        .replace("params={", "settings={")
     )
     try:
         done = snakemake(checkout, "-n")
