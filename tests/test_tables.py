@@ -1,4 +1,4 @@
-"""Collecting, checking and publishing tables, on run directories made by hand."""
+"""Collecting, checking and publishing tables, on run folders made by hand."""
 
 import hashlib
 import importlib
@@ -48,7 +48,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_run(config: RunConfig | BaseConfig, folder: Path) -> None:
-    """What training (or the warm start) and evaluation leave in a run's directory, as far as tables need it."""
+    """What training (or the warm start) and evaluation leave in a run's folder, as far as tables need it."""
     folder.mkdir(parents=True)
     trained = isinstance(config, RunConfig)
     setting, every = config.setting, config.setting.checkpoint_every
