@@ -19,6 +19,8 @@ from cppo.system.files import read_json
 
 PROBED_TOKENS = 8
 """Tokens on which a loaded model's logits are compared with a plain linear head's."""
+PROBED_LOGIT = 100.0
+"""The largest logit of that comparison: soft caps, which published models set to 30 or 50, change a logit of this size."""
 HEAD_TOLERANCE = 1e-3
 """Largest error of that comparison, relative to the largest logit."""
 
@@ -49,23 +51,30 @@ def load_pretrained(folder: str | Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, folder: Path) -> None:
-    """ValueError unless the model's logits are its last hidden states times its output head's weight.
+    """Raise ValueError unless the model's logits are its last hidden states times the weight of its output head.
 
     The trainer and the torch engine apply the head themselves, in chunks. Some architectures scale the logits (Granite), cap
-    them softly (Gemma 2) or shift them by a bias: they would be trained, sampled and scored as another model, and every comparison
-    between trainer and engine would agree.
+    them softly (Gemma 2) or shift them by a bias. Such a model would be trained, sampled and scored as another model, and
+    every comparison between trainer and engine would agree.
     """
     head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"{folder}: the model has no linear output head; take a checkpoint of another architecture")
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"{folder}: the output head has a bias, which is not supported; take another checkpoint")
-    ids = torch.arange(PROBED_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
-    own = model(input_ids=ids).logits.float()
+    ids = torch.arange(PROBED_TOKENS).remainder(len(head.weight)).unsqueeze(0)
     hidden = model.base_model(input_ids=ids).last_hidden_state
-    error = float((torch.nn.functional.linear(hidden, head.weight).float() - own).abs().max())
-    if not error <= HEAD_TOLERANCE * max(float(own.abs().max()), 1.0):
+    plain = torch.nn.functional.linear(hidden, head.weight).float()
+    # An untrained model's logits are so small that a cap leaves them alone, so the head's output is made larger.
+    factor = PROBED_LOGIT / float(plain.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    hook = head.register_forward_hook(lambda module, inputs, output: output * factor)
+    logits = model(input_ids=ids).logits.float()
+    hook.remove()
+    error = float((plain * factor - logits).abs().max()) / PROBED_LOGIT
+    if not error <= HEAD_TOLERANCE:
         raise ValueError(
-            f"{folder}: its logits differ by {error:.2g} from the last hidden states times the output head's weight (scaling or "
-            "soft-capping), which is not supported; take a checkpoint of another architecture"
+            f"{folder}: its logits differ by {error:.1%} from the last hidden states times the output head's weight (by "
+            "scaling or soft-capping), which is not supported; take a checkpoint of another architecture"
         )
 
 
