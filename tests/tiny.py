@@ -101,7 +101,11 @@ def verl_suite(
 ) -> Suite:
     """A suite of one setting that verl trains; the keys given replace VERL_SETTING's and the default resources'."""
     default = [
-        {"name": name, "objective": name, **({"divergence": BINARY_TV} if "divergence" in objective(name).needs else {})}
+        {
+            "name": name,
+            "objective": name,
+            **({"divergence": BINARY_TV} if "divergence" in objective(name).needs else {}),
+        }
         for name in names()
     ]
     raw = {

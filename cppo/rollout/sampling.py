@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
-    """Ids that end a response. A model's generation configuration names one or several; raises ValueError when it names none."""
+    """Ids that end a response, one or several, from a model's generation configuration. Raises ValueError when it has none."""
     ids = config.eos_token_id
     if ids is None:
         raise ValueError(

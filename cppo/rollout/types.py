@@ -132,8 +132,8 @@ class Engine(Protocol):
     """Samples responses. In training every rank has an engine, for the rank's own prompts."""
 
     separate: bool
-    """Whether it has weights of its own. `sync` brings them, and the trainer compares its log-probabilities with the engine's in
-    every iteration. An engine that is not separate samples from the policy itself, and the caller gathers its parameters."""
+    """Whether it has weights of its own. `sync` brings them, and the trainer compares the engine's log-probabilities with its
+    own in every iteration. An engine that is not separate samples from the policy, whose parameters the caller gathers."""
 
     @classmethod
     def start(cls, checkpoint: str | Path, policy: PreTrainedModel | None, scale: Scale | None) -> Self:

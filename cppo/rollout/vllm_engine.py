@@ -51,7 +51,7 @@ class VllmEngine:
     """Samples from a checkpoint, or after `sync` from the policy's weights.
 
     gpus: how many GPUs are the engine's own, the last visible ones, of which each training process gets an equal share; 0 = it
-    uses the trainer's GPU, which it leaves between `sleep` and `sync`. memory: share of a GPU's memory. On a CPU neither counts.
+    uses the trainer's GPU, which it leaves between `sleep` and `sync`. memory: share of a GPU's memory. A CPU needs neither.
     Raises ValueError when vLLM does not start.
     """
 

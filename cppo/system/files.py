@@ -16,7 +16,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-
 PARTIAL = ".partial"
 """Ending of the name of what is not complete yet."""
 

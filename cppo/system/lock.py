@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _create(path: Path, token: str) -> bool:
-    """Make the lock; False = there is one already. It gets its name when it is complete, by a link, which fails where one exists."""
+    """Make the lock; False = there is one already. It gets its name when it is complete, by a link, which replaces nothing."""
     complete = path.with_name(f"LOCK.{token}")
     complete.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}))
     try:
@@ -83,7 +83,10 @@ def _take_over(path: Path, token: str) -> None:
             f"{path.parent}: process {owner.get('process')} on {owner.get('host')} is working on it (last heartbeat "
             f"{age:.0f} s ago); wait for it or stop it, and start again"
         )
-    print(f"{path}: taking over from process {owner.get('process')} on {owner.get('host')}, which is gone", file=sys.stderr)
+    print(
+        f"{path}: taking over from process {owner.get('process')} on {owner.get('host')}, which is gone",
+        file=sys.stderr,
+    )
     # Two processes may do this at once. The rename moves one file only, and whoever moved another's new lock puts it back.
     moved = path.with_name(f"LOCK.{token}.stale")
     try:

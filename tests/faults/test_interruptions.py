@@ -313,5 +313,7 @@ def test_a_run_is_not_continued_by_another_numerics_version_or_other_packages(
         now = cppo.training.run.provenance()
         patch.setattr("cppo.training.run.provenance", lambda: now | {"torch": "0.0.1"})
         assert train(whole, root) == 2
-    one_line(capsys, "it was begun with torch", "this is 0.0.1; go back to that version to finish it, or delete the folder")
+    one_line(
+        capsys, "it was begun with torch", "this is 0.0.1; go back to that version to finish it, or delete the folder"
+    )
     finish(whole, root)
