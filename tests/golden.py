@@ -390,6 +390,18 @@ def integration_trace(name: str, loss_of: Loss = sampled_token_loss) -> dict[str
     return trace
 
 
+def trl_trace() -> dict[str, Any]:
+    """Two optimiser steps of TRL's trainer with CPPO's loss: the loss and the gradient's norm of every micro-batch."""
+    from test_trl import BINARY_TV, CPPO, recorder  # TRL may not be installed
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = recorder(Path(folder), objective="cppo", params=CPPO, divergence=BINARY_TV)
+        trainer.train()
+        losses = [step.loss for step in trainer.steps]
+        norms = [float(torch.cat([g.flatten() for g in step.gradients.values()]).norm()) for step in trainer.steps]
+    return {"losses": losses, "gradients": norms}
+
+
 # Stored ---------------------------------------------------------------------------------------------------------------
 
 TRACES: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
@@ -405,6 +417,7 @@ TRACES: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         )
     },
     "integrations": {name: (lambda name=name: integration_trace(name)) for name in names()},  # type: ignore[misc]
+    "trl": {"two steps": trl_trace},
 }
 """File in golden/ -> trace -> what makes it."""
 
