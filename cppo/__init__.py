@@ -30,6 +30,7 @@ A room whose files serve different layers is listed in parts.
     results.run_folder        what a run leaves behind
     results.checkpoint        training states
     results.provenance        code and packages
+    results.columns           columns of tables, and how a table is read
     training                  batches, updates, base models
     evaluation                scores, through lm-eval
     integrations              the objectives inside TRL and verl; the verl command of a run

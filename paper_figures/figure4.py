@@ -23,15 +23,15 @@ def draw(results: Results, out: Path) -> None:
     lost = False
     for ax, setting in zip(grid, settings, strict=False):
         found = curves(results, setting)
-        validation(ax, results, found, results.labels)
+        validation(ax, results, found, results.rules)
         ax.set_title(results.title(setting))
-        lost = lost or any(step is not None for curve in found.values() for step in curve.collapsed)
+        lost = lost or any(iteration is not None for curve in found.values() for iteration in curve.collapsed)
     for ax in grid[len(settings) :]:
         ax.set_axis_off()
     for ax in grid[::across]:
         ax.set_ylabel(f"mean Avg@{results.suite['evaluation']['samples']} (%)")
     figure.suptitle(band_note(results), fontsize=7, color="0.35")
-    legend(figure, results, results.labels, lost)
+    legend(figure, results, results.rules, lost)
     save(figure, out, "figure4")
 
 

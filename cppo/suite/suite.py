@@ -159,7 +159,10 @@ def load_suite(name: str | Path, added: tuple[str, ...] = ()) -> Suite:
             try:
                 check_rule(resolve(rule, setting_name, setting), setting)
             except ValueError as error:
-                raise ValueError(f"{path}: rules.{rule.name}.{one_line(str(error))}") from None
+                message = one_line(str(error))
+                if message.startswith("divergence") and "divergence" in rule.params_by_setting.get(setting_name, {}):
+                    message = f"params_by_setting.{setting_name}.{message}"
+                raise ValueError(f"{path}: rules.{rule.name}.{message}") from None
     return suite
 
 

@@ -1,4 +1,4 @@
-# Problems, lm-eval tasks and base models: one of each a setting.
+# Problems, lm-eval tasks and base models: one of each per setting.
 
 
 rule data:
@@ -20,7 +20,7 @@ rule data:
 
 rule base:
     input:
-        data=lambda w: f"runs/{loaded().base(w.setting).data}/train.jsonl",
+        data=lambda w: f"runs/{suite().base(w.setting).data}/train.jsonl",
     output:
         f"runs/base/{{setting}}/{{base}}/{DONE}",
     log:
