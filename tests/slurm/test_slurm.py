@@ -128,7 +128,7 @@ def lines(path: Path) -> int:
 
 
 def uninterrupted(checkout: Path, run: RunConfig, processes: int) -> bytes:
-    """The metrics of the run when nothing stops it, without Slurm, by as many processes, because their number changes rounding."""
+    """The metrics of the run when nothing stops it, without Slurm, by as many processes, for their number changes rounding."""
     for part in (run.base.folder, run.base.data):
         shutil.copytree(checkout / "runs" / part, checkout / "alone" / part)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
