@@ -22,8 +22,7 @@ from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import SAMPLED_ONLY, Record
 from cppo.suite.suite import load_suite
 from cppo.system.seeds import uniforms
-from cppo.tasks.chain import make_problems
-from cppo.training.train import train
+from cppo.training.run import train
 
 ROUNDS = 5
 OUT = Path(__file__).with_suffix(".csv")
@@ -32,9 +31,9 @@ OUT = Path(__file__).with_suffix(".csv")
 def main() -> None:
     run = load_suite("config/mini.yaml").runs()[-1]
     plan = run.setting.rollout
-    model = create_model(run.setting.model, run.setting_name).eval()
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
-    tokenizer = create_tokenizer()
+    model = chain_model(run.setting.model, run.setting_name).eval()
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
+    tokenizer = chain_tokenizer()
     prompts = [tokenizer(p.question).input_ids for p in problems[: plan.prompts] for _ in range(plan.responses)]
     noise = uniforms(len(prompts), plan.max_response_tokens, "benchmark")
 

@@ -17,6 +17,7 @@ A room whose files serve different layers is listed in parts.
     diagnostics               what is measured of an update
     statistics                intervals and probabilities of improvement
     theory                    the paper's bounds, by enumeration
+    theory_search             policies that come closest to a bound
     suite.schema              frozen, checked, hashed configuration
     suite.yaml_file           YAML from a stranger
     suite.presets             named rules

@@ -27,24 +27,37 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cppo.suite.suite import Suite, load_suite, suite_name
 from cppo.system.files import write_atomic
 from cppo.system.interrupts import TRY_AGAIN, Interrupted
 from cppo.system.lock import locked
 
-# Modules that need transformers or lm-eval are imported in the command that uses them: most commands then start sooner.
+if TYPE_CHECKING:
+    from cppo.suite.suite import Suite
+
+# Everything else is imported in the command that uses it: commands then start sooner, and `main` has told the hub's client to
+# stay offline before that is imported.
 
 
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
     from cppo.evaluation.lm_eval_task import write_tasks
+    from cppo.results.run_folder import RunFolder
+    from cppo.system.files import read_json
     from cppo.tasks.types import write_problems
 
     base = _suite(args).base(args.setting)
     folder = Path(args.root) / base.data
     sets, report = base.setting.task.load(base.setting_name)
+    if RunFolder(Path(args.root) / base.folder).done and (folder / "report.json").is_file():
+        before = read_json(folder / "report.json")
+        for name, found in report.items():
+            if found.get("sha256") != before.get(name, {}).get("sha256"):
+                raise ValueError(
+                    f"{folder}: the file of {name} has changed since the base model was made; give the new one another name, "
+                    "or delete this folder and what was trained on it"
+                )
     write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     for name, problems in sets.items():
@@ -135,6 +148,7 @@ def runs(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Write the suite's tables to runs/<suite>/."""
     from cppo.results.tables import collect as write
+    from cppo.suite.suite import suite_name
 
     write(_suite(args), Path(args.root), Path(args.root) / suite_name(args.suite))
 
@@ -142,6 +156,7 @@ def collect(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> None:
     """Check a suite's tables and copy them, with the figures drawn from them, to results/<suite>/."""
     from cppo.results.tables import publish as copy
+    from cppo.suite.suite import suite_name
 
     name = suite_name(args.suite)
     target = Path(args.results) / name
@@ -165,6 +180,7 @@ def verify(args: argparse.Namespace) -> None:
     from cppo.numerics import NUMERICS_VERSION
     from cppo.results.audit import published_numerics
     from cppo.results.audit import verify as derive
+    from cppo.suite.suite import suite_name
 
     given = Path(args.suite)
     folder = given if given.is_dir() else Path(args.results) / suite_name(args.suite)
@@ -182,6 +198,8 @@ def verify(args: argparse.Namespace) -> None:
 
 def check_suite(args: argparse.Namespace) -> None:
     """Check a suite's file."""
+    from cppo.suite.suite import load_suite
+
     suite = load_suite(args.suite)
     print(f"{args.suite}: {len(suite.runs())} runs, {len(suite.bases())} base models")
 
@@ -189,6 +207,7 @@ def check_suite(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Estimate what a suite costs: jobs, tokens, GPU hours, disk."""
     from cppo.suite.cost import report
+    from cppo.suite.suite import load_suite, suite_name
 
     print(report(load_suite(args.suite), suite_name(args.suite), Path(args.results)), end="")
 
@@ -226,10 +245,14 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def schema(args: argparse.Namespace) -> None:
     """Print the JSON schema of a suite: every key with its type, default and meaning."""
+    from cppo.suite.suite import Suite
+
     print(json.dumps(Suite.model_json_schema(), indent=1))
 
 
-def _suite(args: argparse.Namespace) -> Suite:
+def _suite(args: argparse.Namespace) -> "Suite":
+    from cppo.suite.suite import load_suite
+
     return load_suite(args.suite, tuple(args.add_rule or ()))
 
 

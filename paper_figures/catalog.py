@@ -8,7 +8,17 @@ Imports neither matplotlib nor pandas: the workflow asks this before any job run
 from typing import Any
 
 TABLES = ("table1", "table2", "table3", "table4")
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7", "figure8")
+FIGURES = (
+    "figure1",
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure7",
+    "figure8",
+)
+"""Each is drawn by the script of its name, whose docstring begins with the caption."""
 
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "figure5": {
@@ -24,14 +34,12 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Panels of the ablation figures: title -> names of the suite's rules, in the order of the legend."""
 
-THRESHOLDS = ("weighted", "threshold", "prefix_threshold")
-"""Traces that Figure 3 draws."""
-BUDGET = ("delta_b",)
-"""Trace that Figure 7 draws."""
+TRACES = {"figure3": ("weighted", "threshold", "prefix_threshold"), "figure7": ("delta_b",)}
+"""What a figure draws of the rules that show all of it (`Terms.traces`)."""
 
 
 def available(suite: dict[str, Any]) -> list[str]:
-    """The items that can be drawn from a suite (the contents of suite.json), tables first."""
+    """The items that can be drawn from a suite (`Suite.published`, the contents of suite.json), tables first."""
     return [item for item in (*TABLES, *FIGURES) if lacks(suite, item) is None]
 
 
@@ -50,9 +58,8 @@ def lacks(suite: dict[str, Any], item: str) -> str | None:
     if item in ABLATIONS and not panels(suite, item):
         absent = sorted({rule for row in ABLATIONS[item].values() for rule in row} - set(_rules(suite)))
         return f"no panel has all its rules; the suite has none named {', '.join(absent)}"
-    for name, traces in (("figure3", THRESHOLDS), ("figure7", BUDGET)):
-        if item == name and not any(showing(suite, *traces).values()):
-            return f"no rule of the suite shows {', '.join(traces)} (Terms.traces)"
+    if item in TRACES and not showing(suite, item):
+        return f"no rule of the suite shows {', '.join(TRACES[item])} (Terms.traces)"
     return None
 
 
@@ -61,17 +68,17 @@ def panels(suite: dict[str, Any], item: str) -> dict[str, tuple[str, ...]]:
     return {title: row for title, row in ABLATIONS[item].items() if set(row) <= set(_rules(suite))}
 
 
-def showing(suite: dict[str, Any], *traces: str) -> dict[str, list[str]]:
-    """Objective -> names of its rules that show all these traces, in the order of the suite.
+def showing(suite: dict[str, Any], item: str) -> dict[str, list[str]]:
+    """Objective -> names of its rules that show all that the item draws (`TRACES`), in the order of the suite.
 
-    A trace whose name is also that of a parameter is not shown while the parameter is null.
+    A trace that has the name of a parameter is not shown while that parameter is null.
     """
-    found: dict[str, list[str]] = {}
+    rules: dict[str, list[str]] = {}
     for entry in suite["rules"]:
-        shown = {trace for trace in entry.get("traces", ()) if entry.get("params", {}).get(trace, 1) is not None}
-        if shown >= set(traces):
-            found.setdefault(entry["objective"], []).append(entry["name"])
-    return found
+        shown = {trace for trace in entry["traces"] if entry["params"].get(trace, True) is not None}
+        if shown >= set(TRACES[item]):
+            rules.setdefault(entry["objective"], []).append(entry["name"])
+    return rules
 
 
 def _rules(suite: dict[str, Any]) -> list[str]:

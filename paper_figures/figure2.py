@@ -10,8 +10,8 @@ budget), for a response as long as the longest observed.
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import torch
 from common import DataError, Results, canvas, save, script
 from matplotlib.axes import Axes
 from panels import band_note, legend, marks
@@ -67,15 +67,17 @@ def last_window(results: Results, setting: str, rule: str) -> pd.DataFrame:
 
 def thresholds(ax: Axes, results: Results, setting: str, length: int) -> None:
     """delta / w_t by position of every rule with a TV threshold per token."""
-    position = np.arange(1.0, length + 1)
+    position = torch.arange(1, length + 1, dtype=torch.float64)
     drawn = False
     for rule in results.rules:
         entry = results.entry(rule)
         params = results.params_of(rule, setting)
-        if (entry.get("divergence") or {}).get("kind") != "tv" or "delta" not in params or params.get("shuffle"):
+        weighted = "weighted" in entry.get("traces", ())  # by weights that fall to w_min, if it has that parameter
+        if (entry.get("divergence") or {}).get("kind") != "tv" or "delta" not in params:
             continue
-        span = np.array(params.get("span") or length)
-        weight = position_weight(position, span, params.get("w_min", 1))
+        if params.get("shuffle") or (weighted and "w_min" not in params):
+            continue
+        weight = position_weight(position, params.get("span") or length, params.get("w_min", 1)).numpy()
         look = results.look(rule)
         ax.plot(position, params["delta"] / weight, color=look.color, markevery=max(1, length // 8), **marks(look))
         drawn = True

@@ -22,7 +22,7 @@ from cppo.objectives.types import Reason
 
 WIDTH = 40
 COLUMNS = (
-    "run", "rule", "setting", "seed", "iteration", "row", "position", "token", *catalog.THRESHOLDS, "reason",
+    "run", "rule", "setting", "seed", "iteration", "row", "position", "token", *catalog.TRACES["figure3"], "reason",
 )  # fmt: skip
 KINDS = {
     "kept": ("0.75", "kept"),
@@ -81,11 +81,11 @@ def panel(ax: Axes, results: Results, tokens: pd.DataFrame) -> None:
 def shown(results: Results) -> list[str]:
     """The rules whose tokens are shown: of each objective the first rule with recorded responses."""
     recorded = set(results.table("tokens", COLUMNS)["rule"])
-    showing = catalog.showing(results.suite, *catalog.THRESHOLDS)
-    rules = [next((rule for rule in rules if rule in recorded), None) for rules in showing.values()]
-    if not any(rules):
-        raise DataError(f"{results.folder}/tokens.csv: no row of a rule that shows {', '.join(catalog.THRESHOLDS)}")
-    return [rule for rule in rules if rule is not None]
+    showing = catalog.showing(results.suite, "figure3").values()
+    rules = [next(rule for rule in rules if rule in recorded) for rules in showing if recorded & set(rules)]
+    if not rules:
+        raise DataError(f"{results.folder}/tokens.csv: no row of a rule that shows {', '.join(catalog.TRACES['figure3'])}")
+    return rules
 
 
 def window(results: Results, rule: str) -> pd.DataFrame:

@@ -33,7 +33,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Curve:
-    """All scored checkpoints of one objective in one setting."""
+    """All scored checkpoints of one rule in one setting."""
 
     rule: str
     setting: str
@@ -91,7 +91,7 @@ class Curve:
         draws = statistics.hierarchical_bootstrap(
             self.correct[rows, index][:, own],
             self.judged[rows, index][:, own],
-            stream(self.setting, self.label, *index, benchmark),
+            stream(self.setting, self.rule, *index, benchmark),
             benchmark=self.benchmark[own],
             resamples=resamples,
         )

@@ -1,4 +1,4 @@
-"""Table 1: best score in the window [0, T_stop] of each objective in each setting, and the score at T_stop beside it.
+"""Table 1: best score in the window [0, T_stop] of each rule in each setting, and the score at T_stop beside it.
 
     python paper_figures/table1.py results/mini --out results/mini/figures       # table1.csv, .md, .tex
 

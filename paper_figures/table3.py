@@ -1,4 +1,4 @@
-"""Table 3: the settings: rollout plan, and CPPO's thresholds in each.
+"""Table 3: the settings: rollouts and updates, and CPPO's thresholds in each.
 
     python paper_figures/table3.py results/mini --out results/mini/figures       # table3.csv, .md, .tex
 

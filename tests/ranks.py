@@ -1,6 +1,6 @@
 """Run in two processes by tests/test_distributed.py: `python -m torch.distributed.run ... ranks.py SUITE BASE OUT ENTRY ...`
 
-An entry is SETTING/LABEL, trained or continued in OUT/SETTING/LABEL, one after the other. With @ITERATION the last rank
+An entry is SETTING/RULE, trained or continued in OUT/SETTING/RULE, one after the other. With @ITERATION the last rank
 alone gets SIGTERM in that iteration.
 """
 
@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState, PartialState
 from cppo.rewards import Judge
 from cppo.suite.suite import load_suite
 from cppo.system.interrupts import Interrupted
-from cppo.tasks.chain import make_problems
-from cppo.training.train import Trainer, train
+from cppo.training.run import train
+from cppo.training.train import Trainer
 
 
 def reward(self: Judge, response: str, gold: str) -> float | None:
@@ -36,7 +36,7 @@ class Stopping(Trainer):
 
 
 def main(path: str, base: str, out: str, *entries: str) -> None:
-    import cppo.training.train as module
+    import cppo.training.run as module
 
     Judge.verdict, Judge.start = reward, lambda self: None  # type: ignore[method-assign]
     module.Trainer = Stopping  # type: ignore[misc]
@@ -46,7 +46,7 @@ def main(path: str, base: str, out: str, *entries: str) -> None:
         name, _, stop = entry.partition("@")
         Stopping.iteration_to_stop = int(stop or 0)
         run = next(run for run in suite.runs() if f"{run.setting_name}/{run.rule_name}" == name)
-        problems = make_problems(run.setting.task, run.setting_name)["train"]
+        problems = run.setting.task.load(run.setting_name)[0]["train"]
         try:
             train(run, Path(base), problems, Path(out) / name, suite.report_to)
         except Interrupted:

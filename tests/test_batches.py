@@ -6,37 +6,36 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import ROOT, run_of
+from tiny import ROOT, chain_model, chain_tokenizer, run_of
 
-from cppo.advantages import from_outcomes, zero_variance
+from cppo.advantages import Outcomes, estimator, zero_variance
 from cppo.diagnostics import Stopwatch
-from cppo.models.create import create_model, create_tokenizer
-from cppo.models.logprobs import statistics
+from cppo.models.logprobs import token_logprobs
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import concatenate
 from cppo.suite.config import RunConfig
-from cppo.suite.suite import load_suite
-from cppo.tasks.chain import make_problems
+from cppo.suite.suite import load_suite, objective_of
 from cppo.training.batches import BatchBuilder, GradedRollouts
 from cppo.training.distributed import Learner, make_accelerator
 
 
 def run_with(folder: Path, entry: dict[str, Any], **rollout: Any) -> RunConfig:
-    """smoke's run of one objective entry, with changed keys of the rollout plan."""
+    """smoke's run of one rule, with changed keys of its rollout."""
     raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
-    raw["objectives"] = [{"name": "x", **entry}]
+    raw["rules"] = [{"name": "x", **entry}]
     raw["settings"]["tiny"]["rollout"] |= rollout
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(raw))
     return run_of(load_suite(path), "x")
 
 
-def collector(run: RunConfig) -> BatchBuilder:
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
-    model, plan = create_model(run.setting.model, run.setting_name), run.setting.optimizer
-    policy = Learner(make_accelerator(None), model, plan.lr, plan)
-    return BatchBuilder(run, problems, policy, create_tokenizer(), None, Judge(), Stopwatch(), TorchEngine(model))
+def builder(run: RunConfig) -> BatchBuilder:
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
+    model, optimizer = chain_model(run.setting.model, run.setting_name), run.setting.optimizer
+    policy = Learner(make_accelerator(None), model, optimizer.lr, optimizer)
+    rule, engine = objective_of(run.rule), TorchEngine(model)
+    return BatchBuilder(run, rule, problems, policy, chain_tokenizer(), None, Judge(), Stopwatch(), engine)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ TOP_K = {"objective": "dppo", "divergence": {"estimator": "top_k", "k": 3}}
 def test_recomputed_anchor_is_the_policy_before_the_first_update(tmp_path: Path) -> None:
     """Log-probabilities and top-K are the current policy's own; the sampled tokens stay."""
     run = run_with(tmp_path, {**TOP_K, "anchor": "recomputed"})
-    made = collector(run)
+    made = builder(run)
     sampled = made.sample(1)
     with torch.no_grad():
         for parameter in made.policy.module.parameters():
@@ -59,7 +58,7 @@ def test_recomputed_anchor_is_the_policy_before_the_first_update(tmp_path: Path)
     batch = made.batch(1, sampled)
     assert torch.equal(batch.rollouts.responses, sampled.rollouts.responses)
     assert not torch.allclose(batch.rollouts.logp, sampled.rollouts.logp, atol=1e-2)
-    now = statistics(
+    now = token_logprobs(
         made.policy.module, sampled.rollouts.prompts, sampled.rollouts.responses, sampled.rollouts.mask, 1.0, full=True
     )
     assert now.logp_all is not None and batch.rollouts.topk_ids is not None and batch.rollouts.topk_logp is not None
@@ -73,10 +72,10 @@ def test_recomputed_anchor_is_the_policy_before_the_first_update(tmp_path: Path)
 def test_decoupled_anchor_weights_the_advantages(tmp_path: Path) -> None:
     """A_t min(pi_old / mu, C), token by token; with equal weights of engine and trainer nothing changes."""
     run = run_with(tmp_path, {"objective": "grpo", "anchor": "decoupled", "tis_cap": 1.2})
-    made = collector(run)
+    made = builder(run)
     sampled = made.sample(1)
     mask = sampled.rollouts.mask
-    plain = from_outcomes("grpo", sampled.rewards, 4, mask)
+    plain, _ = estimator("grpo")(Outcomes(sampled.rewards, mask, 4))
     assert torch.allclose(made.batch(1, sampled).advantages, plain, atol=1e-4)
     with torch.no_grad():
         for parameter in made.policy.module.parameters():
@@ -90,7 +89,7 @@ def test_decoupled_anchor_weights_the_advantages(tmp_path: Path) -> None:
 def test_overlong_shaping_lowers_rewards_near_the_limit_only(tmp_path: Path) -> None:
     """24 tokens at most, buffer 10: 0 up to 14 tokens, then a tenth a token, -1 at 24. Verdicts stay as they are."""
     run = run_with(tmp_path, {"objective": "grpo"}, overlong_buffer=10)
-    sampled = collector(run).sample(1)
+    sampled = builder(run).sample(1)
     lengths = sampled.rollouts.lengths
     expected = sampled.verdicts - ((lengths - 14).clamp(min=0) / 10)
     assert torch.allclose(sampled.rewards, expected.float())
@@ -103,8 +102,8 @@ def flat(sampled: GradedRollouts) -> int:
 
 def test_dynamic_sampling_replaces_flat_groups_while_it_may(tmp_path: Path) -> None:
     """Every replacement is a later prompt with variance; informative groups stay; the number of prompts is kept."""
-    plain = collector(run_with(tmp_path, {"objective": "grpo"})).collect(1)
-    more = collector(run_with(tmp_path, {"objective": "grpo"}, resample=3)).collect(1)
+    plain = builder(run_with(tmp_path, {"objective": "grpo"})).collect(1)
+    more = builder(run_with(tmp_path, {"objective": "grpo"}, resample=3)).collect(1)
     assert flat(plain) > flat(more) >= 0
     assert len(more.rewards) == len(plain.rewards) == len(more.problems)
     informative = ~zero_variance(plain.rewards, 4)
@@ -115,7 +114,7 @@ def test_dynamic_sampling_replaces_flat_groups_while_it_may(tmp_path: Path) -> N
 
 
 def test_concatenated_rollouts_keep_their_rows(tmp_path: Path) -> None:
-    made = collector(run_with(tmp_path, TOP_K))
+    made = builder(run_with(tmp_path, TOP_K))
     a, b = made.sample(1).rollouts.rows(torch.arange(4)), made.sample(2).rollouts
     joined = concatenate([a, b])
     back = joined.rows(torch.arange(4, 4 + len(b.mask)))
@@ -125,5 +124,5 @@ def test_concatenated_rollouts_keep_their_rows(tmp_path: Path) -> None:
 
 
 def test_an_unknown_estimator_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown estimator 'x'"):
-        from_outcomes("x", torch.zeros(4), 4, torch.ones(4, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="unknown advantage 'x'; known: dr_grpo"):
+        estimator("x")

@@ -14,18 +14,19 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import ROOT
+from tiny import ROOT, chain_model, chain_tokenizer
 
-from cppo.models.create import create_model, create_tokenizer
 from cppo.models.load import load_pretrained, load_tokenizer, save_pretrained
+from cppo.models.logprobs import token_logprobs
+from cppo.results.run_folder import RunFolder
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.suite.config import RunConfig, Scale
 from cppo.suite.suite import Suite, load_suite
-from cppo.tasks.chain import make_problems
 from cppo.training.critic import ValueModel
-from cppo.training.distributed import check_trackers, make_accelerator, own
-from cppo.training.train import StepMetrics, Trainer, train
+from cppo.training.distributed import check_trackers, make_accelerator, rank_slice
+from cppo.training.run import train
+from cppo.training.train import StepMetrics, Trainer
 
 # prompts, prompts a minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
 # none. A minibatch of 1 prompt leaves the first rank without a row in every update.
@@ -51,8 +52,8 @@ def suite_in(folder: Path) -> Suite:
         name: plain | {"rollout": plain["rollout"] | {"prompts": prompts, "minibatch": minibatch}, "scale": scale}
         for name, (prompts, minibatch, scale) in SETTINGS.items()
     }
-    raw["objectives"] = [x for x in raw["objectives"] if x["name"] in ("ppo", "dppo", "cppo")]
-    raw["objectives"][-1]["settings"] = {"delta": 0.004, "delta_b": 0.002}
+    raw["rules"] = [x for x in raw["rules"] if x["name"] in ("ppo", "dppo", "cppo")]
+    raw["rules"][-1]["params"] = {"delta": 0.004, "delta_b": 0.002}
     raw["seeds"] = [0]
     (folder / "suite.yaml").write_text(yaml.safe_dump(raw))
     return load_suite(folder / "suite.yaml")
@@ -64,11 +65,11 @@ def find(suite: Suite, name: str) -> RunConfig:
 
 def alone(run: RunConfig, scale: Scale | None = None) -> RunConfig:
     """The run with another scale; None = one process, whole minibatches, float32."""
-    return run.model_copy(update={"plan": run.setting.model_copy(update={"scale": scale})})
+    return run.model_copy(update={"setting": run.setting.model_copy(update={"scale": scale})})
 
 
 def train_here(run: RunConfig, base: Path, folder: Path) -> None:
-    train(run, base, make_problems(run.setting.task, run.setting_name)["train"], folder)
+    train(run, base, run.setting.task.load(run.setting_name)[0]["train"], folder)
 
 
 class Stopped(Exception):
@@ -87,12 +88,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """suite.yaml and base/, an untrained model."""
     folder = tmp_path_factory.mktemp("ranks")
     suite = suite_in(folder)
-    save_pretrained(create_model(suite.bases()[0].setting.model, "tiny"), folder / "base", create_tokenizer())
+    save_pretrained(chain_model(suite.bases()[0].setting.model, "tiny"), folder / "base", chain_tokenizer())
     return folder
 
 
 def train_all(folder: Path) -> None:
-    """one/SETTING/LABEL by one process; two/SETTING/LABEL by two, some of them by one before."""
+    """one/SETTING/RULE by one process; two/SETTING/RULE by two, some of them by one before."""
     suite, base = load_suite(folder / "suite.yaml"), folder / "base"
     for name in (*COMPARED, STOPPED, CONTINUED, "bf16/cppo"):
         train_here(alone(find(suite, name)), base, folder / "one" / name)
@@ -119,7 +120,10 @@ def rows(folder: Path, stream: str) -> list[dict[str, Any]]:
 
 
 def assert_close(a: object, b: object, where: str) -> None:
-    """Equal structure and texts, numbers within 1e-5 relative or 1e-6 absolute."""
+    """Equal structure and texts, numbers within 1e-5 relative or 2e-6 absolute.
+
+    A prefix threshold is a small difference of two sums over tokens: on one kind of processor it moves by 1.1e-6.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         assert a.keys() == b.keys(), where
         for key in a:
@@ -129,7 +133,7 @@ def assert_close(a: object, b: object, where: str) -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_close(x, y, f"{where}[{i}]")
     elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6), where
+        assert a == pytest.approx(b, rel=1e-5, abs=2e-6), where
     else:
         assert a == b, where
 
@@ -137,7 +141,7 @@ def assert_close(a: object, b: object, where: str) -> None:
 def assert_same_run(one: Path, two: Path) -> None:
     for stream in ("metrics", "positions", "tokens"):
         assert_close(rows(one, stream), rows(two, stream), f"{two}/{stream}")
-    for file in ("state/000002/policy", "state/000002/optimizer", "checkpoints/step-2/model"):
+    for file in ("state/000002/policy", "state/000002/optimizer", "checkpoints/iteration-2/model"):
         first, second = (load_file(path / f"{file}.safetensors") for path in (one, two))
         assert first.keys() == second.keys()
         for name in first:
@@ -165,7 +169,7 @@ def check_compared(name: str, folder: Path) -> None:
     metrics, base = rows(one, "metrics"), load_file(folder / "base" / "model.safetensors")
     assert all(row["grad_norm"] > 0 and row["truncated"] < 1 for row in metrics)
     assert any(row["unjudged"] > 0 for row in metrics) and any(0 < row["zero_variance"] < 1 for row in metrics)
-    after = load_file(one / "checkpoints" / "step-2" / "model.safetensors")
+    after = load_file(one / "checkpoints" / "iteration-2" / "model.safetensors")
     assert any((after[key] - base[key]).abs().max() > 1e-3 for key in base), "no weight moved: nothing was compared"
     if name.endswith("/ppo"):
         first, second = (load_file(path / "state/000002/critic.safetensors") for path in (one, two))
@@ -214,10 +218,10 @@ def trainer_of(run: RunConfig, base: Path, folder: Path, checkpointing: bool = F
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
     critic = ValueModel(load_pretrained(base)) if run.rule.advantage == "gae" else None
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
     accelerator = make_accelerator(run.setting.scale)
     return Trainer(
-        run, folder, problems, policy, load_tokenizer(base), critic, Judge(), accelerator, TorchEngine(policy)
+        run, RunFolder(folder), problems, policy, load_tokenizer(base), critic, Judge(), accelerator, TorchEngine(policy)
     )
 
 
@@ -225,15 +229,15 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Of the first minibatch, policy's and critic's."""
     batch = trainer.builder.batch(1, trainer.builder.collect(1))
     trainer.update(batch, 0, StepMetrics({}))
-    modules = {"policy": trainer.policy, "critic": trainer.critic}
+    modules = {"policy": trainer.policy, "critic": trainer.value_model}
     found = {f"{k}.{n}": p.grad for k, m in modules.items() if m is not None for n, p in m.named_parameters()}
     assert all(grad is not None for grad in found.values())
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("label", ["ppo", "cppo"])
-def test_micro_batches_have_the_gradient_of_the_whole_minibatch(label: str, folder: Path, tmp_path: Path) -> None:
-    run = find(load_suite(folder / "suite.yaml"), f"ddp/{label}")
+@pytest.mark.parametrize("rule", ["ppo", "cppo"])
+def test_micro_batches_have_the_gradient_of_the_whole_minibatch(rule: str, folder: Path, tmp_path: Path) -> None:
+    run = find(load_suite(folder / "suite.yaml"), f"ddp/{rule}")
     whole = gradients(trainer_of(alone(run), folder / "base", tmp_path))
     assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-2
     for size in (1, 3):
@@ -261,14 +265,20 @@ def test_bfloat16_computes_in_half_and_keeps_masters_log_probabilities_and_loss_
     import cppo.training.train as module
 
     seen: dict[str, Any] = {}
-    original = module.policy_loss
+    original = module.reduce_terms
 
-    def spy(rule: Any, tokens: Any, *args: Any) -> Any:
-        loss, metrics = original(rule, tokens, *args)
-        seen.update(logp=tokens.logp.detach(), loss=loss.detach())
-        return loss, metrics
+    def spy(terms: Any, *args: Any) -> Any:
+        loss = original(terms, *args)
+        seen.update(loss=loss.detach())
+        return loss
 
-    monkeypatch.setattr(module, "policy_loss", spy)
+    def logp_of(*args: Any, **kwargs: Any) -> Any:
+        now = token_logprobs(*args, **kwargs)
+        seen.update(logp=now.logp.detach())
+        return now
+
+    monkeypatch.setattr(module, "reduce_terms", spy)
+    monkeypatch.setattr(module, "token_logprobs", logp_of)
     run = find(load_suite(folder / "suite.yaml"), "ddp/ppo")
     found = {}
     for scale in (None, Scale(precision="bfloat16")):
@@ -305,7 +315,7 @@ def test_tensorboard_gets_every_iteration_and_changes_no_file(folder: Path, tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = alone(find(load_suite(folder / "suite.yaml"), "ddp/cppo"))
-    problems, tracked = make_problems(run.setting.task, run.setting_name)["train"], tmp_path / "tracked"
+    problems, tracked = run.setting.task.load(run.setting_name)[0]["train"], tmp_path / "tracked"
     train(run, folder / "base", problems, tracked, ("tensorboard",))
     train(run, folder / "base", problems, tmp_path / "plain")
     assert (tracked / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()

@@ -3,18 +3,20 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import smoke
+from tiny import chain_tokenizer, smoke
 
 from cppo.__main__ import main
 from cppo.evaluation.evaluate import Score, checkpoint_means, evaluate, read_scores, write_scores
-from cppo.models.create import create_tokenizer
 from cppo.models.load import load_pretrained, save_pretrained
+from cppo.results.provenance import provenance
+from cppo.results.run_folder import RunFolder
 from cppo.suite.config import BaseConfig
 
 SETTING = {
@@ -28,10 +30,11 @@ SETTING = {
         "intermediate_size": 64,
     },
     "task": {
-        "steps": [1],
+        "family": "chain",
+        "sizes": [1],
         "problems": 32,
         "weak": 0.0,
-        "benchmarks": [{"name": "one", "steps": 1, "problems": 12}, {"name": "two", "steps": 2, "problems": 6}],
+        "benchmarks": [{"name": "one", "size": 1, "problems": 12}, {"name": "two", "size": 2, "problems": 6}],
     },
     "warm_start": {"max_steps": 600, "target_accuracy": 0.25, "check_every": 20, "batch": 64, "lr": 0.01},
     "rollout": {"prompts": 4, "responses": 2, "minibatch": 2, "max_response_tokens": 20},
@@ -53,12 +56,21 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[BaseConfig, Path, 
     return base, folder / "runs" / base.folder, folder / "runs" / base.data
 
 
-def test_a_row_a_problem_with_all_samples(scored: tuple[BaseConfig, Path, Path]) -> None:
+def beside(scored: tuple[BaseConfig, Path, Path], root: Path) -> RunFolder:
+    """A folder of the same base model under another root with the same problems, without checkpoints."""
+    config, _, data = scored
+    shutil.copytree(data, root / config.data)
+    folder = RunFolder(root / config.folder)
+    folder.begin(config, provenance(), begun=False)
+    return folder
+
+
+def test_a_row_per_problem_with_all_samples(scored: tuple[BaseConfig, Path, Path]) -> None:
     config, folder, _ = scored
     rows = read_scores(folder / "scores.csv")
     assert [sum(r.benchmark == name for r in rows) for name in ("one", "two")] == [12, 6]
     assert len({(r.benchmark, r.problem) for r in rows}) == 18
-    assert all(r.samples == 16 and 0 <= r.correct <= 16 and r.run == config.id and r.rule_name == "base" for r in rows)
+    assert all(r.samples == 16 and 0 <= r.correct <= 16 and r.run == config.id and r.rule == "base" for r in rows)
     assert any(0 < r.correct < 16 for r in rows), "one repeat counted 16 times would give 0 or 16 only"
 
 
@@ -66,24 +78,24 @@ def test_same_weights_same_scores_and_noise_at_every_checkpoint(
     scored: tuple[BaseConfig, Path, Path], tmp_path: Path
 ) -> None:
     """Two copies of one checkpoint score alike, problem by problem; other weights do not."""
-    config, folder, data = scored
-    model = load_pretrained(folder / "checkpoints" / "step-0")
-    for step in (0, 1):
-        save_pretrained(model, tmp_path / "checkpoints" / f"step-{step}", create_tokenizer())
+    config, folder, _ = scored
+    other = beside(scored, tmp_path)
+    model = load_pretrained(folder / "checkpoints" / "iteration-0")
+    for iteration in (0, 1):
+        save_pretrained(model, other.checkpoint(iteration), chain_tokenizer())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
-    save_pretrained(model, tmp_path / "checkpoints" / "step-2", create_tokenizer())
-    evaluate(config, tmp_path, data)
-    by_step = {
-        step: [(r.correct, r.mean_length) for r in read_scores(tmp_path / "scores.csv") if r.step == step]
-        for step in (0, 1, 2)
+    save_pretrained(model, other.checkpoint(2), chain_tokenizer())
+    evaluate(other.path)
+    rows = read_scores(other.scores)
+    by_iteration = {
+        iteration: [(r.correct, r.mean_length) for r in rows if r.iteration == iteration] for iteration in (0, 1, 2)
     }
-    assert by_step[0] == by_step[1] != by_step[2]
-    assert by_step[0] == [(r.correct, r.mean_length) for r in read_scores(folder / "scores.csv")]
-    means = checkpoint_means(read_scores(tmp_path / "scores.csv"))
-    kept = {int(p.name.removeprefix("step-")) for p in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {2, max(means, key=means.__getitem__)}  # the last, and the best
+    assert by_iteration[0] == by_iteration[1] != by_iteration[2]
+    assert by_iteration[0] == [(r.correct, r.mean_length) for r in read_scores(folder / "scores.csv")]
+    means = checkpoint_means(rows)
+    assert set(other.checkpoints()) == {2, max(means, key=means.__getitem__)}  # the last, and the best
 
 
 def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
@@ -105,7 +117,7 @@ def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: P
         "--batch_size",
         "64",
     ]
-    command += ["--model_args", f"pretrained={folder / 'checkpoints' / 'step-0'},dtype=float32"]
+    command += ["--model_args", f"pretrained={folder / 'checkpoints' / 'iteration-0'},dtype=float32"]
     command += ["--include_path", str(data / "lm_eval"), "--output_path", str(tmp_path)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
@@ -114,7 +126,7 @@ def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: P
     stock = json.loads(result.read_text())["results"]["one"]["avg,all"]
     rates = [r.correct / r.samples for r in read_scores(folder / "scores.csv") if r.benchmark == "one"]
     ours = sum(rates) / len(rates)
-    # Both sample the same problems: only the 16 samples a problem are drawn anew.
+    # Both sample the same problems: only the 16 samples per problem are drawn anew.
     variance = 2 * sum(p * (1 - p) / 16 for p in rates) / len(rates) ** 2
     assert 0.1 < ours < 0.9
     assert abs(stock - ours) <= 3 * math.sqrt(variance), (stock, ours)
@@ -122,25 +134,24 @@ def test_stock_lm_eval_agrees(scored: tuple[BaseConfig, Path, Path], tmp_path: P
 
 def test_interrupted_evaluation_keeps_what_it_has(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
     """A checkpoint with stored rows is not scored again."""
-    config, folder, data = scored
-    model = load_pretrained(folder / "checkpoints" / "step-0")
-    save_pretrained(model, tmp_path / "checkpoints" / "step-0", create_tokenizer())
+    _, folder, _ = scored
+    other = beside(scored, tmp_path)
+    model = load_pretrained(folder / "checkpoints" / "iteration-0")
+    save_pretrained(model, other.checkpoint(0), chain_tokenizer())
     row = read_scores(folder / "scores.csv")[0]
-    (tmp_path / "scores").mkdir()
-    write_scores(tmp_path / "scores" / "step-0.csv", [row])
-    evaluate(config, tmp_path, data)
-    assert read_scores(tmp_path / "scores.csv") == [row]
+    write_scores(other.scores_of(0), [row])
+    evaluate(other.path)
+    assert read_scores(other.scores) == [row]
 
 
 def test_nothing_to_score_is_an_error(scored: tuple[BaseConfig, Path, Path], tmp_path: Path) -> None:
-    config, _, data = scored
     with pytest.raises(ValueError, match="no checkpoint to score"):
-        evaluate(config, tmp_path, data)
+        evaluate(beside(scored, tmp_path).path)
 
 
 def test_scores_of_another_version_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "scores.csv").write_text("run,label\n1,2\n")
-    with pytest.raises(ValueError, match=r"scores\.csv: columns are not run, label"):
+    (tmp_path / "scores.csv").write_text("run,label,setting\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"scores\.csv: columns are not run, rule, setting, seed, iteration"):
         read_scores(tmp_path / "scores.csv")
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DENSE, MOE
+from tiny import DENSE, MOE, chain_model, chain_tokenizer
 
 from cppo.diagnostics import mismatch_metrics
-from cppo.models.create import EOS, create_model, create_tokenizer
+from cppo.models.create import EOS
 from cppo.models.load import save_pretrained
-from cppo.models.logprobs import statistics
-from cppo.rollout.engines import engine
+from cppo.models.logprobs import token_logprobs
 from cppo.rollout.sampling import sample
+from cppo.rollout.start import start_engine
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import Record
 from cppo.suite.config import Model, Scale
@@ -23,7 +23,7 @@ PROMPTS = ["3a-8>", "3a-8>", "1a+2b*3>", "7a*9b-1c+5>", "1a+2b*3>"]  # three len
 
 
 def prompt_ids() -> list[list[int]]:
-    tokenizer = create_tokenizer()
+    tokenizer = chain_tokenizer()
     return [tokenizer(text).input_ids for text in PROMPTS]
 
 
@@ -31,12 +31,12 @@ def prompt_ids() -> list[list[int]]:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_log_probabilities_equal_the_trainers(model: Model, temperature: float) -> None:
     """GradedRollouts, top-K and full log-probabilities agree to 1e-4 in float32 at the same weights (seen: 1e-6)."""
-    policy = create_model(model, "test")
+    policy = chain_model(model, "test")
     rollouts = TorchEngine(policy).generate(
         prompt_ids(), uniforms(5, 12, "test"), temperature, record=Record(top_k=3, full=True)
     )
     assert len(set(rollouts.lengths.tolist())) > 1 or bool(rollouts.truncated.all())
-    now = statistics(
+    now = token_logprobs(
         policy, rollouts.prompts, rollouts.responses, rollouts.mask, temperature, topk_ids=rollouts.topk_ids, full=True
     )
     assert torch.allclose(now.logp, rollouts.logp, atol=1e-4)
@@ -50,7 +50,7 @@ def test_recorded_log_probabilities_equal_the_trainers(model: Model, temperature
 
 def test_cached_decoding_equals_a_fresh_forward_pass_for_every_token() -> None:
     """The same responses come out when each token is sampled from a full forward pass without cache or grouping."""
-    policy, noise = create_model(DENSE, "test").eval(), uniforms(5, 12, "test")
+    policy, noise = chain_model(DENSE, "test").eval(), uniforms(5, 12, "test")
     rollouts = TorchEngine(policy).generate(prompt_ids(), noise, 0.9, top_p=0.8)
     for row, prompt in enumerate(prompt_ids()):
         ids, expected = list(prompt), []
@@ -68,7 +68,7 @@ def test_cached_decoding_equals_a_fresh_forward_pass_for_every_token() -> None:
 
 def test_any_of_the_models_end_tokens_ends_a_response() -> None:
     """A generation configuration may list several: what came first of them is the last token, and not truncated."""
-    policy, noise = create_model(DENSE, "test"), uniforms(40, 30, "test")
+    policy, noise = chain_model(DENSE, "test"), uniforms(40, 30, "test")
     prompts = prompt_ids() * 8
     one = TorchEngine(policy).generate(prompts, noise, 1.0).token_lists()
     ends = [EOS, 5, 9]
@@ -86,14 +86,14 @@ def test_any_of_the_models_end_tokens_ends_a_response() -> None:
 
 def test_the_engine_is_the_scales(tmp_path: Path) -> None:
     """The policy itself in training, the checkpoint in evaluation; vLLM is imported only where it is asked for."""
-    policy = create_model(DENSE, "test")
-    save_pretrained(policy, tmp_path, create_tokenizer())
-    assert isinstance(beside := engine(None, tmp_path, policy), TorchEngine) and beside.model is policy
-    assert isinstance(alone := engine(Scale(), tmp_path), TorchEngine)
+    policy = chain_model(DENSE, "test")
+    save_pretrained(policy, tmp_path, chain_tokenizer())
+    assert isinstance(beside := start_engine(None, tmp_path, policy), TorchEngine) and beside.model is policy
+    assert isinstance(alone := start_engine(Scale(), tmp_path), TorchEngine)
     assert torch.equal(alone.model.get_input_embeddings().weight, policy.get_input_embeddings().weight)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ValueError, match=r"^scale\.engine: vllm is not installed; docs/cluster\.md"):
-            engine(Scale(engine="vllm"), tmp_path, policy)
+            start_engine(Scale(engine="vllm"), tmp_path, policy)
 
 
 def test_mismatch_quantiles() -> None:
@@ -118,7 +118,7 @@ def test_mismatch_quantiles() -> None:
 
 def test_a_rows_response_depends_on_its_own_noise_only() -> None:
     """Order of rows and company in the batch change nothing: what makes common random numbers common."""
-    policy, noise = create_model(DENSE, "test"), uniforms(5, 12, "test")
+    policy, noise = chain_model(DENSE, "test"), uniforms(5, 12, "test")
     whole = TorchEngine(policy).generate(prompt_ids(), noise, 1.0)
     order = torch.tensor([3, 0, 4])
     part = TorchEngine(policy).generate([prompt_ids()[i] for i in order], noise[order], 1.0)

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import run_of, smoke
+from tiny import chain_model, chain_tokenizer, run_of, smoke
 
-from cppo.models.create import create_model, create_tokenizer
 from cppo.models.load import load_pretrained, save_pretrained
 from cppo.results.checkpoint import load_latest
+from cppo.results.run_folder import RunFolder, Status
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import Suite
-from cppo.tasks.chain import make_problems
 from cppo.tasks.types import Problem
 from cppo.training.batches import problem_order, shuffled_positions
-from cppo.training.train import Trainer, train
+from cppo.training.run import train
+from cppo.training.train import Trainer
 
 STABLE = ("metrics.jsonl", "positions.jsonl", "tokens.jsonl")
 
@@ -31,13 +31,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 def base(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained base model: rewards are rare, but every path of the loop runs."""
     folder = tmp_path_factory.mktemp("base")
-    save_pretrained(create_model(suite.bases()[0].setting.model, "tiny"), folder, create_tokenizer())
+    save_pretrained(chain_model(suite.bases()[0].setting.model, "tiny"), folder, chain_tokenizer())
     return folder
 
 
 @pytest.fixture(scope="module")
 def problems(suite: Suite) -> tuple[Problem, ...]:
-    return make_problems(suite.bases()[0].setting.task, "tiny")["train"]
+    return suite.bases()[0].setting.task.load("tiny")[0]["train"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +53,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     """Equal metrics, positions and token dumps, bit for bit, and equal final weights."""
     files = all((a / name).read_bytes() == (b / name).read_bytes() for name in STABLE)
-    one, two = weights(a / "checkpoints" / "step-4"), weights(b / "checkpoints" / "step-4")
+    one, two = weights(a / "checkpoints" / "iteration-4"), weights(b / "checkpoints" / "iteration-4")
     return files and all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("label", ["ppo", "cppo", "cppo_exact", "dppo_kl"])
+@pytest.mark.parametrize("name", ["ppo", "cppo", "cppo_exact", "dppo_kl"])
 def test_same_seed_gives_identical_metrics_and_weights(
-    label: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path
+    name: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path
 ) -> None:
-    run = run_of(suite, label)
-    for name in ("a", "b"):
-        train(run, base, problems, tmp_path / name)
+    run = run_of(suite, name)
+    for folder in ("a", "b"):
+        train(run, base, problems, tmp_path / folder)
     assert same(tmp_path / "a", tmp_path / "b")
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert any(row["grad_norm"] for row in rows), "no update happened: the test would compare nothing"
-    assert not same(tmp_path / "a", _trained(run_of(suite, label, seed=1), base, problems, tmp_path / "c"))
+    assert not same(tmp_path / "a", _trained(run_of(suite, name, seed=1), base, problems, tmp_path / "c"))
 
 
 def _trained(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: Path) -> Path:
@@ -80,12 +80,12 @@ class Stopped(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("label", ["ppo", "cppo"])
+@pytest.mark.parametrize("name", ["ppo", "cppo"])
 def test_interrupted_run_continues_to_the_same_result(
-    label: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, suite: Suite, base: Path, problems: tuple[Problem, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in iteration 4, after half of its updates and its half-written streams: equal to never stopped."""
-    run = run_of(suite, label)
+    run = run_of(suite, name)
     whole, broken = _trained(run, base, problems, tmp_path / "whole"), tmp_path / "broken"
     original = Trainer.update
 
@@ -109,10 +109,10 @@ def test_every_rule_sees_the_same_problems_and_noise(
 ) -> None:
     """Before the first update all rules are the same policy: same problems in the same order, same responses."""
     first = {}
-    for label in ("pg", "ppo", "grpo", "cppo_exact"):
-        trainer = _trainer(run_of(suite, label), base, problems, tmp_path)
+    for name in ("pg", "ppo", "grpo", "cppo_exact"):
+        trainer = _trainer(run_of(suite, name), base, problems, tmp_path)
         sampled = trainer.builder.sample(1)
-        first[label] = ([p.id for p in sampled.problems], sampled.rollouts.responses.tolist())
+        first[name] = ([p.id for p in sampled.problems], sampled.rollouts.responses.tolist())
     assert all(value == first["pg"] for value in first.values())
     other = _trainer(run_of(suite, "pg", seed=1), base, problems, tmp_path)
     assert [p.id for p in other.builder.sample(1).problems] != first["pg"][0]
@@ -126,7 +126,7 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
     critic = ValueModel(load_pretrained(base)) if run.rule.advantage == "gae" else None
     policy, tokenizer = load_pretrained(base), load_tokenizer(base)
     sampler = TorchEngine(policy)
-    return Trainer(run, folder, problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler)
+    return Trainer(run, RunFolder(folder), problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler)
 
 
 def test_each_epoch_asks_every_problem_once() -> None:
@@ -152,17 +152,17 @@ def test_non_finite_updates_are_skipped_and_end_the_run_as_collapsed(
     """A NaN loss leaves the weights alone; after `collapse_after` in a row the run is done, with its scores kept."""
     import cppo.training.train as module
 
-    original = module.policy_loss
+    original = module.reduce_terms
 
-    def poisoned(rule: object, tokens: object, *args: object) -> object:
-        loss, metrics = original(rule, tokens, *args)  # type: ignore[arg-type]
-        return loss * torch.nan, metrics
+    def poisoned(*args: object) -> torch.Tensor:
+        return original(*args) * torch.nan  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "policy_loss", poisoned)
+    monkeypatch.setattr(module, "reduce_terms", poisoned)
     folder = _trained(run_of(suite, "grpo"), base, problems, tmp_path / "nan")
     done = json.loads((folder / "DONE").read_text())
-    assert done == {"status": "collapsed at step 3", "iterations": 3}
-    before, after = weights(base), weights(folder / "checkpoints" / "step-2")
+    assert RunFolder(folder).status() == Status(3, collapsed_at=3) and Status(3, collapsed_at=3).state == "collapsed"
+    assert done == {"iterations": 3, "collapsed_at": 3}
+    before, after = weights(base), weights(folder / "checkpoints" / "iteration-2")
     assert all(torch.equal(before[k], after[k]) for k in before)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["nonfinite_updates"] == 1.0 for row in rows)
@@ -196,7 +196,7 @@ def test_zero_advantage_minibatches_skip_their_step(
     folder = _trained(run_of(suite, "cppo"), base, problems, tmp_path / "flat")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["skipped_updates"] == 1.0 and row["zero_variance"] == 1.0 for row in rows)
-    before, after = weights(base), weights(folder / "checkpoints" / "step-4")
+    before, after = weights(base), weights(folder / "checkpoints" / "iteration-4")
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 

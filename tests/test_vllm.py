@@ -15,25 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DENSE, MOE, run_of, smoke
+from tiny import DENSE, MOE, chain_model, chain_tokenizer, run_of, smoke
 from transformers import PreTrainedModel
 
 from cppo.__main__ import main
 from cppo.diagnostics import Stopwatch
 from cppo.evaluation.evaluate import evaluate, read_scores
-from cppo.models.create import create_model, create_tokenizer
 from cppo.models.load import load_pretrained, save_pretrained
-from cppo.models.logprobs import statistics
+from cppo.models.logprobs import token_logprobs
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import EngineDied, Record, Rollouts
 from cppo.suite.config import Model, Optimizer, RunConfig, Scale
+from cppo.suite.suite import objective_of
 from cppo.system.seeds import uniforms
-from cppo.tasks.chain import make_problems
 from cppo.tasks.types import Problem
 from cppo.training.batches import BatchBuilder
 from cppo.training.distributed import Learner, make_accelerator
-from cppo.training.train import train
+from cppo.training.run import train
 
 pytest.importorskip("vllm", reason="vLLM is not installed; it has an environment of its own: make test-vllm")
 import psutil
@@ -50,12 +49,12 @@ VLLM = Scale(engine="vllm")
 
 
 def prompt_ids(times: int = 1) -> list[list[int]]:
-    tokenizer = create_tokenizer()
+    tokenizer = chain_tokenizer()
     return [tokenizer(text).input_ids for text in PROMPTS] * times
 
 
 def checkpoint(model: Model, folder: Path) -> Path:
-    save_pretrained(create_model(model, "test"), folder, create_tokenizer())
+    save_pretrained(chain_model(model, "test"), folder, chain_tokenizer())
     return folder
 
 
@@ -70,14 +69,14 @@ def moved(policy: PreTrainedModel, size: float = 0.02) -> PreTrainedModel:
 
 def largest_error(policy: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0) -> float:
     with torch.no_grad():
-        now = statistics(policy, rollouts.prompts, rollouts.responses, rollouts.mask, temperature)
+        now = token_logprobs(policy, rollouts.prompts, rollouts.responses, rollouts.mask, temperature)
     return float((now.logp - rollouts.logp)[rollouts.mask].abs().max())
 
 
 def learner(policy: PreTrainedModel) -> Learner[PreTrainedModel]:
     """The policy as the trainer hands it over, in one process."""
-    plan = Optimizer(lr=1e-3)
-    return Learner(make_accelerator(None), policy, plan.lr, plan)
+    optimizer = Optimizer(lr=1e-3)
+    return Learner(make_accelerator(None), policy, optimizer.lr, optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,8 @@ def test_log_probabilities_equal_the_trainers(
     assert len(set(rollouts.lengths.tolist())) > 5
     inside = rollouts.mask
     with torch.no_grad():
-        now = statistics(policy, rollouts.prompts, rollouts.responses, inside, temperature, top_k=20)
-        looked_up = statistics(
+        now = token_logprobs(policy, rollouts.prompts, rollouts.responses, inside, temperature, top_k=20)
+        looked_up = token_logprobs(
             policy, rollouts.prompts, rollouts.responses, inside, temperature, topk_ids=rollouts.topk_ids
         ).topk_logp
     assert torch.allclose(now.logp[inside], rollouts.logp[inside], atol=1e-4)
@@ -195,10 +194,11 @@ def test_synchronised_weights_are_sampled_from(
     assert stale > 0.05 and fresh < 1e-4
 
 
-def collector(
+def builder(
     run: RunConfig, problems: tuple[Problem, ...], policy: PreTrainedModel, engine: VllmEngine
 ) -> BatchBuilder:
-    return BatchBuilder(run, problems, learner(policy), create_tokenizer(), None, Judge(), Stopwatch(), engine)
+    rule = objective_of(run.rule)
+    return BatchBuilder(run, rule, problems, learner(policy), chain_tokenizer(), None, Judge(), Stopwatch(), engine)
 
 
 def vllm_run(folder: Path, model: Model, **settings: Any) -> RunConfig:
@@ -209,21 +209,21 @@ def vllm_run(folder: Path, model: Model, **settings: Any) -> RunConfig:
     entry = {
         "name": "cppo",
         "objective": "cppo",
-        "settings": {"delta": 0.05},
+        "params": {"delta": 0.05},
         "divergence": {"estimator": "top_k", "k": 4},
     }
-    return run_of(smoke(folder, settings={"tiny": raw}, objectives=[entry]), "cppo")
+    return run_of(smoke(folder, settings={"tiny": raw}, rules=[entry]), "cppo")
 
 
 @pytest.mark.parametrize("model", [UNTIED, TIED, EXPERTS], ids=["dense untied", "tied", "experts"])
 def test_guard(model: Model, tmp_path: Path, shared: VllmEngine, base: Path, record_property: Any) -> None:
     """Weights that vLLM on a CPU takes over wrongly, though it reports success, end the run at the first rollout."""
     run = vllm_run(tmp_path / "suite", model)
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
-    policy = moved(create_model(model, "test"))
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
+    policy = moved(chain_model(model, "test"))
     engine = shared if model == UNTIED else VllmEngine(checkpoint(model, tmp_path / "base"), "float32", 0.4)
-    judged = collector(run, problems, policy, engine)
-    rollouts = judged.gather(1).rollouts
+    judged = builder(run, problems, policy, engine)
+    rollouts = judged.collect(1).rollouts
     record_property("largest error", largest_error(policy, rollouts))
     if model == UNTIED:
         found = judged.mismatch(rollouts)
@@ -239,8 +239,8 @@ def test_guard(model: Model, tmp_path: Path, shared: VllmEngine, base: Path, rec
 def test_guard_refuses_numbers_that_are_none(shared: VllmEngine, policy: PreTrainedModel, tmp_path: Path) -> None:
     """NaN agrees with nothing."""
     run = vllm_run(tmp_path, UNTIED)
-    judged = collector(run, make_problems(run.setting.task, run.setting_name)["train"], policy, shared)
-    rollouts = judged.gather(1).rollouts
+    judged = builder(run, run.setting.task.load(run.setting_name)[0]["train"], policy, shared)
+    rollouts = judged.collect(1).rollouts
     assert judged.mismatch(rollouts)
     with pytest.raises(ValueError, match="99% quantile of the difference nan"):
         judged.mismatch(replace(rollouts, logp=rollouts.logp * torch.nan))
@@ -265,10 +265,10 @@ def easy_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two iterations and the scores of their checkpoints, with a mismatch line at the start and metrics in each iteration."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
     folder, before = tmp_path / "run", engines()
     train(run, base, problems, folder)
-    assert json.loads((folder / "DONE").read_text()) == {"status": "finished", "iterations": 2}
+    assert json.loads((folder / "DONE").read_text()) == {"iterations": 2, "collapsed_at": None}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2] and all(row["grad_norm"] for row in rows)
     for row in rows:
@@ -276,13 +276,13 @@ def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.Capt
         assert quantiles == sorted(quantiles) and 0 < quantiles[-1] < 1e-4 and 0 < row["mismatch_prob/max"] < 1e-4
     out = "".join(capsys.readouterr())
     assert out.count("engine against trainer at the same weights: |log pi - log mu| q50") == 1
-    assert "; delta 0.05; delta_b " in out
+    assert "must stay well below: {'delta': 0.05" in out
 
     suite = ["--suite", str(tmp_path / "suite" / "suite.yaml"), "--root", str(tmp_path)]
     assert main(["data", *suite, "--setting", "tiny"]) == 0
     evaluate(run, folder, tmp_path / run.base.data)
     scores = read_scores(folder / "scores.csv")
-    assert {score.step for score in scores} == {1, 2}
+    assert {score.iteration for score in scores} == {1, 2}
     assert all(score.samples == run.evaluation.samples and score.mean_length >= 1 for score in scores)
     assert engines() == before, "an engine was left behind"
 
@@ -293,7 +293,7 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
 ) -> None:
     """SIGKILL to vLLM's engine while it samples for iteration 2: one line, iteration 1 is saved, and a restart finishes."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
-    problems = make_problems(run.setting.task, run.setting_name)["train"]
+    problems = run.setting.task.load(run.setting_name)[0]["train"]
     folder, original, before = tmp_path / "run", BatchBuilder.sample, engines()
     workers: list[psutil.Process] = []
 
@@ -309,8 +309,8 @@ def test_a_killed_engine_ends_the_run_which_then_continues(
         train(run, base, problems, folder)
     assert str(died.value).startswith("engine vllm: its process died") and "\n" not in str(died.value)
     assert len(workers) == 1 and not psutil.wait_procs(workers, timeout=20)[1], "the engine's worker outlives it"
-    assert not (folder / "DONE").exists() and [p.name for p in (folder / "checkpoints").iterdir()] == ["step-1"]
-    assert load_pretrained(folder / "checkpoints" / "step-1") is not None
+    assert not (folder / "DONE").exists() and [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-1"]
+    assert load_pretrained(folder / "checkpoints" / "iteration-1") is not None
     train(run, base, problems, folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2]
@@ -362,7 +362,7 @@ def test_which_gpus_are_an_engines(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     if expected is None:
         with pytest.raises(
-            ValueError, match=rf"scale\.vllm_gpus: {gpus} must be a multiple of the {processes} training"
+            ValueError, match=rf"scale\.engine_gpus: {gpus} must be a multiple of the {processes} training"
         ):
             _devices(gpus)
     else:

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from cppo.models.create import create_model, create_tokenizer
 from cppo.objectives import names, objective
 from cppo.suite.config import Model, RunConfig
 from cppo.suite.suite import Suite, load_suite
+from cppo.tasks.chain import ChainTask
+from cppo.tasks.types import SPECIAL
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = Model(hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=32)
@@ -23,6 +27,18 @@ MOE = Model(
     experts=4,
     experts_per_token=2,
 )
+VOCABULARY = (*SPECIAL, *ChainTask.alphabet)
+"""Token texts of the task family that the small models are made for."""
+
+
+def chain_model(model: Model, setting_name: str = "test") -> PreTrainedModel:
+    """A small model for the chain, with the weights of this setting's seed."""
+    return create_model(model, setting_name, len(VOCABULARY))
+
+
+def chain_tokenizer() -> PreTrainedTokenizerFast:
+    """The chain's tokenizer."""
+    return create_tokenizer(VOCABULARY)
 
 
 def copy_checkout(folder: Path) -> None:
@@ -85,7 +101,11 @@ def verl_suite(
 ) -> Suite:
     """A suite of one setting that verl trains; the keys given replace VERL_SETTING's and the default resources'."""
     default = [
-        {"name": name, "objective": name, **({"divergence": BINARY_TV} if "divergence" in objective(name).needs else {})}
+        {
+            "name": name,
+            "objective": name,
+            **({"divergence": BINARY_TV} if "divergence" in objective(name).needs else {}),
+        }
         for name in names()
     ]
     raw = {

@@ -4,7 +4,6 @@ Both keep every update that moves the ratio toward one, A_t (rho_t - 1) <= 0, an
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +118,16 @@ def cppo(cfg: CPPO, tokens: Tokens) -> Terms:
     return replace(terms, gate=torch.where(keep, 1, (1 / excess.clamp(min=1)).clamp(max=below_one)))
 
 
+def position_weight(position: Tensor, span: Tensor | int, w_min: float) -> Tensor:
+    """w_t (Eq. 9): 1 at position 1, from there linear down to `w_min` at position `span`, and `w_min` beyond it.
+
+    position: floating point, counted from 1. span: a number, or whole numbers of a shape that broadcasts; 1 gives weight 1
+    to position 1.
+    """
+    fraction = (position - 1) / (torch.as_tensor(span) - 1).clamp(min=1)
+    return 1 - (1 - w_min) * fraction.clamp(max=1)
+
+
 def exclusive_cumsum(x: Tensor) -> Tensor:
     """Sum over the entries before t in the last axis; 0 at the first."""
     return torch.nn.functional.pad(x.cumsum(-1)[..., :-1], (1, 0))
@@ -140,15 +149,6 @@ class PrefixSums:
     """[B], the effective budget per token; infinity without a budget."""
 
 
-def position_weight(position: Any, span: Any, w_min: float) -> Any:
-    """CPPO's weight w_t = 1 - (1 - w_min)(t - 1)/(span - 1), and w_min from t = span on; 1 for span 1 (Eq. 9).
-
-    position: t from 1 on, floating point; span: length over which the weights fall, which broadcasts with it. Both are tensors,
-    or both are NumPy arrays.
-    """
-    return 1 - (1 - w_min) * ((position - 1) / (span - 1).clip(1)).clip(None, 1)
-
-
 def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
     """Weights, exclusive prefix sums and thresholds of CPPO (Eq. 8-10, 22), in at least float32."""
     mask, divergence = tokens.mask, divergence_of(tokens)
@@ -157,7 +157,7 @@ def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
     if cfg.shuffle:
         assert tokens.position is not None  # declared as a need
         position = tokens.position
-    span = length if cfg.span is None else cfg.span * torch.ones_like(length)
+    span = length if cfg.span is None else cfg.span
     # In the divergence's precision: two integers would divide in float32.
     weight = torch.where(mask, position_weight(position.to(divergence.dtype), span, cfg.w_min), 0)
     weighted = weight * divergence

@@ -175,7 +175,7 @@ class RunFolder:
         path = self.path / DONE
         found = read_json(path)
         for name, kinds in (("iterations", (int,)), ("collapsed_at", (int, type(None)))):
-            if type(found.get(name, "")) not in kinds:
+            if type(found.get(name, "")) not in kinds or (found[name] or 0) < 0:
                 raise ValueError(
                     f"{path}: {name}: expected a whole number, got {found.get(name)!r:.60}; train the run again"
                 )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faults.workshop import LABELS, Workshop, digests, leftovers
+from faults.workshop import RULES, Workshop, digests, leftovers
 from tqdm import tqdm
 
 import cppo.evaluation.evaluate
@@ -187,7 +187,7 @@ def script() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of phases and moments")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tally, differences = run(reference(Workshop(Path(folder), LABELS)), args.kills, args.seed)
+        tally, differences = run(reference(Workshop(Path(folder), RULES)), args.kills, args.seed)
     print("| phase | SIGKILLs | phase over before the moment |\n|---|---|---|")
     for phase in PHASES:
         print(f"| {phase} | {tally[phase, 'killed']} | {tally[phase, 'passed']} |")

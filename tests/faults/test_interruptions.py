@@ -17,6 +17,7 @@ from faults.kills import Reference, in_child
 from faults.workshop import digests
 from tiny import ROOT
 
+import cppo.training.run
 import cppo.training.train
 from cppo.__main__ import main
 from cppo.system.interrupts import TRY_AGAIN
@@ -187,7 +188,7 @@ def test_out_of_memory_in_a_minibatch(
 ) -> None:
     """PyTorch's allocator really refuses: a tensor of four tebibytes beside the third iteration's forward pass."""
     root = whole.shop.copy("memory")
-    original = cppo.training.train.statistics
+    original = cppo.training.train.token_logprobs
 
     with monkeypatch.context() as patch:
 
@@ -195,7 +196,7 @@ def test_out_of_memory_in_a_minibatch(
             torch.empty(2**40)
             return original(*args, **kwargs)
 
-        disturb(patch, 3, lambda _: patch.setattr(cppo.training.train, "statistics", greedy))
+        disturb(patch, 3, lambda _: patch.setattr(cppo.training.train, "token_logprobs", greedy))
         assert train(whole, root) == 2
     one_line(
         capsys, str(root), "out of memory in iteration 3", "scale.micro_rows", "continues from the last saved state"
@@ -291,13 +292,13 @@ def test_damage_everywhere_is_refused(
 
 def test_a_damaged_base_model_is_one_line(whole: Reference, capsys: pytest.CaptureFixture[str]) -> None:
     root = whole.shop.copy("base")
-    weights = root / whole.shop.run("ppo").base.folder / "checkpoints" / "step-0" / "model.safetensors"
+    weights = root / whole.shop.run("ppo").base.folder / "checkpoints" / "iteration-0" / "model.safetensors"
     truncate(weights)
     assert train(whole, root) == 2
-    one_line(capsys, "step-0", "not a loadable checkpoint")
+    one_line(capsys, "iteration-0", "not a loadable checkpoint")
 
 
-def test_a_run_is_not_continued_by_other_code(
+def test_a_run_is_not_continued_by_another_numerics_version_or_other_packages(
     whole: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = whole.shop.copy("other-code")
@@ -305,7 +306,12 @@ def test_a_run_is_not_continued_by_other_code(
         disturb(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert train(whole, root) == TRY_AGAIN
     with monkeypatch.context() as patch:
-        patch.setattr("cppo.results.provenance.code_version", lambda: "0123456789")
+        patch.setattr("cppo.results.run_folder.NUMERICS_VERSION", 99)
         assert train(whole, root) == 2
-    one_line(capsys, "provenance.json: code_version: the run was begun with", "this is 0123456789")
+    one_line(capsys, "it was made by numerics version 1, this code has version 99", "run `snakemake`, or delete")
+    with monkeypatch.context() as patch:
+        now = cppo.training.run.provenance()
+        patch.setattr("cppo.training.run.provenance", lambda: now | {"torch": "0.0.1"})
+        assert train(whole, root) == 2
+    one_line(capsys, "it was begun with torch", "this is 0.0.1; go back to that version to finish it, or delete the folder")
     finish(whole, root)

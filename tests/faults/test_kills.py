@@ -19,4 +19,4 @@ def test_a_difference_would_be_seen(whole: kills.Reference, monkeypatch: pytest.
     monkeypatch.setattr(Learner, "load", lambda self, weights, state: load(self, weights, {}))
     _, differences = kills.run(whole, count=3, seed=1)
     assert any(line.endswith("metrics.jsonl") for line in differences)
-    assert any("checkpoints/step-6/model.safetensors" in line for line in differences)
+    assert any("checkpoints/iteration-6/model.safetensors" in line for line in differences)

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DENSE, ROOT
+from tiny import DENSE, ROOT, chain_model, chain_tokenizer
 
-from cppo.models.create import create_model, create_tokenizer
 from cppo.models.load import load_pretrained, load_tokenizer, save_pretrained
 from cppo.suite.suite import Suite
 
@@ -39,7 +38,7 @@ class Touch:
 def checkpoint(tmp_path: Path) -> Path:
     """A good one, with a module beside it that would leave a canary."""
     folder = tmp_path / "checkpoint"
-    save_pretrained(create_model(DENSE, "x"), folder, create_tokenizer())
+    save_pretrained(chain_model(DENSE, "x"), folder, chain_tokenizer())
     (folder / "evil.py").write_text(EVIL.format(canary=str(tmp_path / "canary")))
     return folder
 

@@ -12,18 +12,18 @@ from cppo.__main__ import main
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import Suite, load_suite
 
-LABELS = ("cppo", "ppo")
+RULES = ("cppo", "ppo")
 """The rule with most state in its streams, and the one with a critic."""
 
 
 class Workshop:
     """A suite file and a root with its data and base model, copied for every trial."""
 
-    def __init__(self, folder: Path, labels: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, rules: tuple[str, ...]) -> None:
         raw = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
         raw["seeds"] = [0]
-        raw["objectives"] = [entry for entry in raw["objectives"] if entry["name"] in labels]
-        self.labels = labels
+        raw["rules"] = [entry for entry in raw["rules"] if entry["name"] in rules]
+        self.rules = rules
         tiny = raw["settings"]["tiny"]
         tiny |= {"iterations": 6, "checkpoint_every": 1}
         tiny["task"]["benchmarks"] = tiny["task"]["benchmarks"][:1]
@@ -41,9 +41,9 @@ class Workshop:
         """One command on the suite; its exit code."""
         return main([command, "--suite", str(self.file), "--root", str(root), *arguments])
 
-    def run(self, label: str) -> RunConfig:
-        """The run of a label."""
-        return next(run for run in self.suite.runs() if run.rule_name == label)
+    def run(self, rule: str) -> RunConfig:
+        """The run of a rule."""
+        return next(run for run in self.suite.runs() if run.rule_name == rule)
 
     def copy(self, name: str) -> Path:
         """A fresh root with data and base model."""
@@ -57,8 +57,8 @@ class Workshop:
     def everything(self, root: Path) -> list[list[str]]:
         """The commands that take a root from its base model to the suite's tables."""
         commands = []
-        for label in self.labels:
-            run = self.run(label)
+        for rule in self.rules:
+            run = self.run(rule)
             commands.append(["train", "--suite", str(self.file), "--root", str(root), "--run", run.id])
             commands.append(["evaluate", str(root / run.folder)])
         return [*commands, ["collect", "--suite", str(self.file), "--root", str(root)]]
@@ -67,7 +67,7 @@ class Workshop:
 def digests(root: Path) -> dict[str, str]:
     """Path -> SHA-256 of everything that must not depend on interruptions: all but clocks.
 
-    Times are in timings.jsonl and the runs table. The commit may move meanwhile: the code version decides.
+    Times are in timings.jsonl and the runs table. The commit may move meanwhile: the numerics version decides.
     """
     found = {}
     for path in sorted(root.rglob("*")):

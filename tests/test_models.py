@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DENSE
+from tiny import DENSE, chain_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from cppo.models.create import create_model
 from cppo.models.load import load_pretrained
-from cppo.models.logprobs import TokenLogprobsFunction, statistics
+from cppo.models.logprobs import TokenLogprobsFunction, token_logprobs
 
 TOKENS, VOCABULARY, WIDTH, K, TEMPERATURE = 23, 50, 8, 4, 0.7
 
@@ -131,12 +130,12 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_models_gradients_equal_those_of_full_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter, the embedding that is also the head included, on ragged rows with a hole and an empty one."""
-    model = create_model(DENSE.model_copy(update={"tied": tied}), "test")
+    model = chain_model(DENSE.model_copy(update={"tied": tied}), "test")
     vocabulary: int = model.config.vocab_size
     prompts, responses, mask = ragged(vocabulary)
     monkeypatch.setattr("cppo.models.logprobs.CHUNK_ELEMENTS", 2 * vocabulary)
     upstream = torch.arange(1.0, 1 + mask.numel()).view_as(mask) * mask
-    now = statistics(model, prompts, responses, mask, TEMPERATURE, top_k=2)
+    now = token_logprobs(model, prompts, responses, mask, TEMPERATURE, top_k=2)
     (now.logp * upstream).sum().backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model = model.double()
@@ -159,9 +158,9 @@ def test_a_models_gradients_equal_those_of_full_logits(tied: bool, monkeypatch: 
 
 def test_no_trained_token_gives_zero_gradients() -> None:
     """A rank whose rows train nothing still takes part in the backward pass."""
-    model = create_model(DENSE, "test")
+    model = chain_model(DENSE, "test")
     prompts, responses, mask = ragged(model.config.vocab_size)
-    now = statistics(model, prompts, responses, mask & False, 1.0, topk_ids=responses.unsqueeze(-1))
+    now = token_logprobs(model, prompts, responses, mask & False, 1.0, topk_ids=responses.unsqueeze(-1))
     assert now.topk_logp is not None and now.topk_logp.shape == (*mask.shape, 1)
     now.logp.sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
