@@ -67,7 +67,7 @@ $(VERL)/.installed: pyproject.toml constraints/verl.txt
 venv-verl: $(VERL)/.installed  ## verl 0.9.1 on a CPU, in an environment of its own (2.4 GB, 3 minutes)
 
 test-verl: $(VERL)/.installed  ## our objectives and runs of engine verl beside the real verl
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py tests/test_verl_launch.py -n 0
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py tests/test_verl_golden.py tests/test_verl_launch.py -n 0
 
 test-slurm: $(INSTALLED)  ## the smoke suite and interrupted jobs through a real one-node Slurm (Debian; no root)
 	$(BIN)/python -m pytest tests/slurm -n 0

@@ -9,8 +9,14 @@ from typing import Any
 
 TABLES = ("table1", "table2", "table3", "table4")
 FIGURES = (
-    *("figure1", "figure2", "figure3", "figure4"),
-    *("figure5", "figure6", "figure7", "figure8"),
+    "figure1",
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure7",
+    "figure8",
 )
 """Each is drawn by the script of its name, whose docstring begins with the caption."""
 
