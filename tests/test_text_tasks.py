@@ -1,4 +1,4 @@
-"""Problems in words, published or of one's own: their schemas, what is dropped and counted, and what is refused with one line."""
+"""Problems in words, published or of one's own: their schemas, what is dropped and counted, what one line refuses."""
 
 import json
 import socket
@@ -174,7 +174,8 @@ def test_a_missing_hub_is_one_line_and_quick() -> None:
     start = time.monotonic()
     says = (
         r"HuggingFaceH4/aime_2024: this dataset at commit 0123456789 is not in the local cache and could not be fetched "
-        r"from the hub \(.*\); with a copy at hand, put data/train-00000-of-00001.parquet into <folder>/aime24/ and set task.data_dir"
+        r"from the hub \(.*\); with a copy at hand, put data/train-00000-of-00001.parquet into <folder>/aime24/ and set "
+        r"task.data_dir"
     )
     with pytest.raises(ValueError, match=says) as caught:
         load_problems(task(None, 36, aime24=2))

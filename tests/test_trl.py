@@ -1,7 +1,7 @@
 """TrustRegionTrainer against the installed TRL: real training on a CPU, compared with the loss written out by hand.
 
-The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.models.logprobs`, and takes mu
-from the weights that sampled. "TRL's own" is GRPOTrainer's loss on the same batch, called on the same trainer.
+The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.models.logprobs`, and
+takes mu from the weights that sampled. "TRL's own" is GRPOTrainer's loss on the same batch, called on the same trainer.
 """
 
 import os
@@ -24,12 +24,12 @@ from cppo.loss import policy_loss
 from cppo.models.create import create_model, create_tokenizer
 from cppo.models.logprobs import token_logprobs
 from cppo.objectives import Tokens, names, objective
-from cppo.suite.config import Model
+from cppo.suite.setting import Model
 from cppo.tasks.chain import ChainTask
 from cppo.tasks.types import SPECIAL
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[trl]'")
-from cppo.integrations.trl import TrustRegionTrainer, trained
+from cppo.integrations.trl import TrustRegionTrainer, trained  # noqa: E402
 
 TEMPERATURE = 0.9
 VOCABULARY = (*SPECIAL, *ChainTask.alphabet)
