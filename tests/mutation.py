@@ -28,35 +28,12 @@ DIVERGENCE_RULES, RATIO, PREFIX = "objectives/divergence.py", "objectives/ratio.
 SEQUENCE, SMOOTH, REGISTRY, TYPES = (f"objectives/{name}.py" for name in ("sequence", "smooth", "registry", "types"))
 DIVERGENCES, LOSS, ADVANTAGES, LOGPROBS = "divergences.py", "loss.py", "advantages.py", "models/logprobs.py"
 
-(
-    VECTORS,
-    RULES,
-    DIVERGENCE_TESTS,
-    LOSS_TESTS,
-    ADVANTAGE_TESTS,
-    CONFORMANCE,
-    MODEL_TESTS,
-    GOLDEN,
-    STATISTICS_TESTS,
-    PLUGIN_TESTS,
-    CONFIG_TESTS,
-    THEORY_TESTS,
-) = (
-    f"test_{name}.py"
-    for name in (
-        "vectors",
-        "objectives",
-        "divergences",
-        "loss",
-        "advantages",
-        "conformance",
-        "models",
-        "golden",
-        "statistics",
-        "plugins",
-        "config",
-        "theory",
-    )
+VECTORS, RULES, CONFORMANCE, GOLDEN = (f"test_{name}.py" for name in ("vectors", "objectives", "conformance", "golden"))
+DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, MODEL_TESTS = (
+    f"test_{name}.py" for name in ("divergences", "loss", "advantages", "models")
+)
+STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS, THEORY_TESTS = (
+    f"test_{name}.py" for name in ("statistics", "plugins", "config", "theory")
 )
 
 
@@ -219,8 +196,9 @@ MUTANTS = (
            "count.clamp(min=1)\n        centred", ADVANTAGE_TESTS),
     Mutant("grpo: no epsilon", ADVANTAGES, "EPSILON = 1e-6", "EPSILON = 0.0", ADVANTAGE_TESTS),
     Mutant("dr_grpo divided by the deviation", ADVANTAGES,
-           "return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=False))",
-           "return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=True))", ADVANTAGE_TESTS),
+           '2503.20783)."""\n    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=False))',
+           '2503.20783)."""\n    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=True))',
+           ADVANTAGE_TESTS),
     Mutant("unjudged rewards enter the mean as 0", ADVANTAGES, "count = judged.sum(-1, keepdim=True)", "count = group",
            ADVANTAGE_TESTS),
     Mutant("rloo: no factor", ADVANTAGES, "on_tokens((factor * centred)", "on_tokens((centred)", ADVANTAGE_TESTS),
