@@ -1,7 +1,4 @@
-"""Types of everything that a suite configures: models, settings, rules and runs. Frozen and fully checked.
-
-What needs the registries of objectives, advantages and divergences is checked where a suite is resolved (`cppo.suite.suite`).
-"""
+"""The types of what a suite configures besides rules: models, settings, resources, runs. They are frozen and fully checked."""
 
 import re
 from collections.abc import Mapping
@@ -9,16 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from cppo.loss import Aggregation
 from cppo.rollout.engines import ENGINES
+from cppo.suite.rule import RuleEntry
 from cppo.suite.schema import (
-    LATER,
     NOT_HASHED,
     Betas,
     Commit,
     Config,
     Count,
-    ImportPath,
     Name,
     Positive,
     Seed,
@@ -29,10 +24,8 @@ from cppo.suite.schema import (
 from cppo.tasks import AnyTask
 from cppo.tasks.types import GeneratedTask
 
-Registered = Annotated[str, Field(pattern=rf"^(\w+|{ImportPath})$")]
-"""The name of something in a registry of the package, or "module:function" of one's own."""
 TITLE_TOLERANCE = 0.02
-"""Relative error of a parameter count in a title: what rounding to two or three digits leaves."""
+"""Largest relative error of a parameter count in a title: what rounding to two digits leaves."""
 
 
 class Model(Config):
@@ -51,11 +44,11 @@ class Model(Config):
     head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
     """Width of one head; even, for rotary positions."""
     intermediate_size: Count
-    """Width of the feed-forward layer; of one expert for qwen3_moe."""
+    """Width of the feed-forward layer; for qwen3_moe the width of one expert."""
     experts: Annotated[int, Field(ge=0)] = 0
-    """Experts a layer (qwen3_moe only)."""
+    """Experts per layer, for qwen3_moe only."""
     experts_per_token: Annotated[int, Field(ge=0)] = 0
-    """Experts that each token uses (qwen3_moe only)."""
+    """Experts that each token uses, for qwen3_moe only."""
     tied: bool = True
     """Whether the output head shares the embedding's weights."""
 
@@ -70,7 +63,7 @@ class Model(Config):
         return self
 
     def parameters(self, vocabulary: int) -> tuple[int, int]:
-        """All parameters with a vocabulary of this size, and those that each token uses."""
+        """The number of all parameters with a vocabulary of this size, and the number of those that each token uses."""
         width, head = self.hidden_size, self.head_dim
         attention = 2 * width * head * (self.heads + self.kv_heads) + 2 * head
         expert = 3 * width * self.intermediate_size
@@ -88,7 +81,7 @@ class Pretrained(Config):
     name: Annotated[str, Field(pattern=r"^(\.{0,2}/.+|[\w.-]+/[\w.-]+)$", max_length=300)]
     """`organisation/model` on the Hugging Face hub, or the path of a checkpoint folder, which begins with /, ./ or ../"""
     revision: Commit | None = None
-    """The hub's commit; needed for a hub name, not for a folder."""
+    """The commit on the hub. A name on the hub needs it; a folder has none."""
 
     @property
     def local(self) -> bool:
@@ -103,20 +96,20 @@ class Pretrained(Config):
 
 
 class WarmStart(Config):
-    """Supervised training on noisy demonstrations that makes the base model; one for all runs of a setting."""
+    """Supervised training on noisy demonstrations, which makes the base model. All runs of a setting share it."""
 
     max_steps: Count
-    """Give up (with an error) when `target_accuracy` is not reached by then."""
+    """Largest number of steps. If `target_accuracy` is not reached by then, the warm start ends with an error."""
     target_accuracy: Share
-    """Stop at this sampled accuracy (temperature 1), the mean over the task's training sizes."""
+    """The sampled accuracy at which the warm start stops: the mean over the task's training sizes, at temperature 1."""
     check_every: Count
     """Steps between two measurements of the accuracy."""
     batch: Count
     """Demonstrations per step."""
     lr: Positive
-    """Peak learning rate of AdamW; linear warm-up, then cosine to a tenth at `max_steps`."""
+    """Peak learning rate of AdamW. It rises linearly, then falls along a cosine to a tenth at `max_steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
-    """Steps of linear warm-up."""
+    """Steps in which the learning rate rises."""
     betas: Betas = (0.9, 0.98)
     """AdamW's averaging coefficients."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -126,22 +119,24 @@ class WarmStart(Config):
 
 
 class RolloutConfig(Config):
-    """How many responses are sampled and how they are split into updates (Table 3's columns)."""
+    """How many responses are sampled, and how they are split into updates: columns of the paper's Table 3."""
 
     prompts: Count
     """Prompts per rollout."""
     responses: Annotated[int, Field(ge=2)]
-    """Responses per prompt: the group whose mean is the baseline."""
+    """Responses per prompt. They are the group whose mean reward an advantage is measured from."""
     minibatch: Count
-    """Prompts per minibatch, which is one optimiser step; divides `prompts`."""
+    """Prompts per minibatch. A minibatch is one optimiser step; it must divide `prompts`."""
     max_response_tokens: Count
-    """Longest response; a longer one is truncated and judged as it is."""
+    """Most tokens of a response. A longer response is cut there and judged as it is."""
     temperature: Positive = 1.0
-    """Sampling temperature; the log-probabilities of both policies are taken at it."""
+    """Sampling temperature. The log-probabilities of both policies are taken at it too."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """DAPO's overlong shaping: the reward falls by up to 1 over this many last tokens before the limit; 0 = off."""
+    """The overlong shaping of DAPO (arXiv:2503.14476): the reward falls by up to 1 over this many last tokens before the limit.
+    0 = off."""
     resample: Annotated[int, Field(ge=0)] = 0
-    """DAPO's dynamic sampling: so many more rollouts may be drawn to replace prompts of zero reward variance; 0 = off."""
+    """The dynamic sampling of DAPO: up to this many more rollouts are drawn to replace prompts whose rewards are all equal.
+    0 = off."""
 
     @property
     def updates(self) -> int:
@@ -161,9 +156,9 @@ class Optimizer(Config):
     """AdamW on the policy."""
 
     lr: Positive
-    """Learning rate after the warm-up; constant."""
+    """Learning rate after the warm-up. It stays constant."""
     warmup_updates: Annotated[int, Field(ge=0)] = 10
-    """Optimiser steps of linear warm-up."""
+    """Optimiser steps in which the learning rate rises linearly."""
     betas: Betas = (0.9, 0.999)
     """Averaging coefficients."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -173,42 +168,42 @@ class Optimizer(Config):
 
 
 class Critic(Config):
-    """PPO's value model: separate, started from the base model, with its own optimiser."""
+    """The value model of PPO (arXiv:1707.06347): a separate model that begins as the base model and has its own optimiser."""
 
     lr_factor: Positive = 10.0
-    """Its learning rate in units of the policy's."""
+    """The critic's learning rate divided by the policy's."""
     gamma: Share = 1.0
-    """Discount."""
+    """Discount factor of rewards."""
     gae_lambda: Share = 0.95
-    """Lambda of generalised advantage estimation (GAE)."""
+    """Lambda of generalised advantage estimation (GAE, arXiv:1506.02438)."""
     value_clip: Positive = 0.2
-    """How far a value may move from the rollout's before its gradient is dropped."""
+    """How far a value may move from the value at the rollout before its gradient is dropped."""
 
 
 class Scale(Config):
-    """How a run uses accelerators and processes; left out for the embedded CPU suites."""
+    """How a run uses accelerators and processes. The embedded suites for CPUs leave it out."""
 
     trainer: Literal["builtin", "verl"] = "builtin"
     """Which program trains: this package's loop, or verl, which also samples by itself with vLLM."""
     engine: str = "torch"
-    """Which engine generates the evaluation's responses and, for the built-in trainer, the rollouts: torch = on the policy itself,
-    vllm = vLLM beside it."""
+    """Which engine generates the responses of the evaluation and, for the built-in trainer, those of the rollouts: torch = the
+    policy itself, vllm = vLLM beside it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
     sharding: Literal["ddp", "fsdp2", "megatron"] = "ddp"
-    """With several processes: a whole copy of the model in each, or a share of it; megatron only for trainer verl."""
+    """What each of several processes holds: a copy of the model (ddp) or a share of it. megatron is only for trainer verl."""
     tensor_parallel: Count = 1
-    """Trainer verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
+    """For trainer verl: GPUs of a node that hold one copy of the model in vLLM, and of the policy with megatron."""
     expert_parallel: Count = 1
-    """Megatron: GPUs over which a layer's experts are spread."""
+    """For sharding megatron: GPUs over which the experts of a layer are spread."""
     micro_rows: Count | None = None
-    """Responses in one forward and backward pass; None = the whole minibatch at once. Changes no result but rounding."""
+    """Responses per forward and backward pass; None = the whole minibatch. It changes results by rounding only."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether activations are computed again in the backward pass, which saves memory and takes a third more time."""
     engine_gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs of the engine's own; 0 = it shares the trainer's and sleeps during updates."""
+    """GPUs that the engine has to itself; 0 = it shares the trainer's GPUs and sleeps during updates."""
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of a GPU's memory that the engine may take."""
+    """Share of the memory of a GPU that the engine may take."""
     engine_tolerance: Positive | None = None
     """Largest 99% quantile of |log pi - log mu| between a separate engine and the trainer at the same weights. A larger one
     means that the weights did not arrive, and ends the run. None = 0.001 in float32, 0.2 in bfloat16."""
@@ -233,27 +228,27 @@ class Resources(Config):
     """Cluster resources for the jobs of a setting. They affect neither results nor run ids."""
 
     gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs on each node; also the processes that train."""
+    """GPUs per node. As many processes train on it."""
     nodes: Count = 1
-    """Nodes; more than one only for trainer verl."""
+    """Nodes. More than one is only for trainer verl."""
     cpus: Count = 1
-    """CPU cores on each node."""
+    """CPU cores per node."""
     memory_gb: Positive = 4.0
-    """Main memory on each node."""
+    """Main memory per node, in gigabytes."""
     hours: Positive = 1.0
-    """Time limit of a training job; it resumes when it is hit."""
+    """Time limit of a training job. A job that hits it is submitted again and continues."""
     evaluate_hours: Positive = 1.0
-    """Time limit of an evaluation job, which takes one GPU where `gpus` is not 0."""
+    """Time limit of an evaluation job. The job takes one GPU where `gpus` is not 0."""
     parameters: Positive | None = None
-    """Billions of parameters of a published model, for `python -m cppo plan` only; a created one's are counted."""
+    """Billions of parameters of a published model, for `cppo plan` only. Those of a created model are counted."""
     active_parameters: Positive | None = None
-    """Billions that each token uses, for a mixture of experts; None = all."""
+    """Billions of parameters that each token uses, for a mixture of experts; None = all."""
     response_tokens: Count | None = None
-    """Expected mean length of a response, for `python -m cppo plan` only; None = the longest, an upper bound."""
+    """Expected mean length of a response in tokens, for `cppo plan` only; None = the longest, which is an upper bound."""
 
     @property
     def share(self) -> "Resources":
-        """What goes with one GPU of a node, for jobs that cannot use more; the same where there is none."""
+        """The part of a node that goes with one of its GPUs, for jobs that cannot use more; all of it where there is no GPU."""
         parts = max(self.gpus, 1)
         update = {
             "nodes": 1,
@@ -275,30 +270,30 @@ AnyModel = Annotated[
 
 
 class Setting(Config):
-    """One column of the paper's tables: a base model with its task, rollouts and optimiser."""
+    """One column of the tables: a base model with its task, rollouts and optimiser."""
 
     title: Annotated[str, Field(min_length=1, max_length=60), NOT_HASHED]
-    """What tables and figures call it. A number of parameters in it (101k, 1.7B) must be that of a created model."""
+    """What tables and figures call the setting. A parameter count in it, such as 101k, must be that of a created model."""
     model: AnyModel
     """The architecture to create, or a published checkpoint."""
     task: AnyTask
     """Training and held-out problems."""
     warm_start: WarmStart | None = None
-    """How the base model is made from a created one; left out for a published checkpoint."""
+    """How a created model becomes the base model; left out for a published checkpoint."""
     rollout: RolloutConfig
     """Rollouts and minibatches."""
     optimizer: Optimizer
     """The policy's optimiser."""
     critic: Critic = Critic()
-    """For advantages from a critic (`gae`) only."""
+    """The critic, for advantages that need one (`gae`)."""
     iterations: Count
-    """Iterations of a run; each is one rollout with its updates."""
+    """Iterations per run. An iteration is one rollout with its updates."""
     checkpoint_every: Count
-    """Iterations between two scored checkpoints; divides `iterations`."""
+    """Iterations between two scored checkpoints. It must divide `iterations`."""
     collapse_after: Count = 5
-    """Non-finite updates in a row after which the run ends and is reported as collapsed."""
+    """Number of updates in a row with a loss or gradient that is not finite, after which the run ends as collapsed."""
     scale: Scale | None = None
-    """Accelerators and processes; None = the torch engine in one process in float32."""
+    """Accelerators and processes; None = one process with engine torch, in float32."""
 
     @property
     def trainer(self) -> Literal["builtin", "verl"]:
@@ -312,7 +307,7 @@ class Setting(Config):
 
     @property
     def vocabulary(self) -> tuple[str, ...] | None:
-        """Token texts of a created model; None for a published one, which brings its own tokenizer."""
+        """The token texts of a created model; None for a published one, which has a tokenizer of its own."""
         return self.task.vocabulary if isinstance(self.task, GeneratedTask) else None
 
     @model_validator(mode="after")
@@ -351,78 +346,29 @@ class Setting(Config):
 
 
 class Evaluation(Config):
-    """Avg@k on the held-out sets, through lm-eval."""
+    """How checkpoints are scored: Avg@k, the mean accuracy of k responses per problem, on the held-out sets through lm-eval."""
 
     samples: Count
     """Responses per problem: the k of Avg@k."""
     temperature: Positive = 0.7
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Nucleus: the smallest set of tokens with at least this probability."""
-
-
-class Divergence(Config):
-    """Which estimate of the token divergence a rule gets."""
-
-    estimator: Registered
-    """binary = the sampled token against the rest; top_k = mu's K likeliest, the sampled one, the rest; exact = all tokens;
-    sampled = from the sampled token's ratio alone; or "module:function" of your own (see `cppo.divergences`)."""
-    kind: str = "tv"
-    """tv = total variation, kl = KL from mu to pi; k2, k3 for estimator sampled."""
-    k: Count | None = None
-    """K of an estimator on mu's likeliest tokens; it must be below the vocabulary's size."""
-    support: Literal["union", "replace"] | None = None
-    """top_k: add the sampled token to the K (union, default), or overwrite the K-th with it (replace)."""
-
-
-class RuleEntry(Config):
-    """One row of the tables: an objective with its parameters, and how its inputs and its loss are made."""
-
-    name: Name
-    """What the rule is called in tables, figures and paths."""
-    objective: Registered
-    """A registered objective (`python -m cppo objectives`), or "module:function" of your own."""
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Hyper-parameters of the objective; omitted ones keep their defaults. The text max_response_tokens stands for the
-    setting's number."""
-    params_by_setting: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """Parameters that differ in a named setting of the suite (as delta in the paper's Table 3), and `divergence` if it does."""
-    divergence: Divergence | None = None
-    """The divergence, exactly for the objectives that need one."""
-    advantage: Registered = "grpo"
-    """An estimator of `cppo.advantages` (grpo = (R - mean) / std in the group, dr_grpo = R - mean, gae = from a critic, ...),
-    or "module:function" of your own."""
-    aggregation: Aggregation = "token-mean"
-    """How the losses of tokens become one (see `cppo.loss.policy_loss`)."""
-    anchor: Literal["rollout", "recomputed", "decoupled"] = "rollout"
-    """What ratios and divergences refer to: mu as sampled; the policy recomputed before the first update; or the latter with
-    the truncated weight min(pi_old / mu, tis_cap) on the advantages."""
-    tis_cap: Positive = 2.0
-    """Largest truncated importance weight of anchor decoupled."""
-    code: Annotated[dict[str, str], LATER] = Field(default_factory=dict)
-    """Filled in when a suite is resolved: module -> hash of its code, for each module of your own that the rule uses."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and "settings" in raw:
-            raise ValueError("settings: is now called params")
-        return raw
+    """Sampling is from the smallest set of tokens with at least this probability."""
 
 
 class RunConfig(Config):
-    """Everything that determines a run's numbers, nothing else."""
+    """Everything that determines the numbers of a run, and nothing else."""
 
     rule: RuleEntry
     """The rule, with every parameter spelled out."""
     setting_name: Name
-    """The setting's name; an axis of the seeds."""
+    """The setting's name, which the random seeds depend on."""
     setting: Setting
-    """The setting."""
+    """The setting itself."""
     seed: Seed
-    """Varies the order of problems and the sampling; the base model is shared."""
+    """It varies the order of the problems and the sampling. The base model is shared."""
     evaluation: Evaluation
-    """How its checkpoints are scored."""
+    """How the run's checkpoints are scored."""
 
     @property
     def rule_name(self) -> str:
@@ -436,7 +382,7 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> str:
-        """The run directory under the root (`runs/`)."""
+        """The run's folder under the root (`runs/`)."""
         return f"train/{self.rule_name}/{self.id}"
 
     @property
@@ -446,32 +392,32 @@ class RunConfig(Config):
 
 
 class BaseConfig(Config):
-    """What determines a base model and its score."""
+    """Everything that determines a base model and its scores."""
 
     rule_name: ClassVar[str] = "base"
     seed: ClassVar[int] = 0
-    """What tables hold for it in the columns of a run."""
+    """What tables hold for a base model in the columns of a run."""
     setting_name: Name
-    """The setting's name; an axis of the seeds."""
+    """The setting's name, which the random seeds depend on."""
     setting: Setting
-    """The setting; of its keys only model, task, warm_start and the longest response count."""
+    """The setting. Of its keys only model, task, warm_start and the longest response count."""
     evaluation: Evaluation
-    """How it is scored."""
+    """How the base model is scored."""
 
     @property
     def id(self) -> str:
-        """The base model's id: the hash of what it depends on. The rest of the setting is training's."""
+        """The base model's id: the hash of what it depends on. The other keys of the setting are for training."""
         setting = self.setting
         return content_hash([setting.model, setting.warm_start, *self._problems])
 
     @property
     def folder(self) -> str:
-        """The base model's directory under the root."""
+        """The base model's folder under the root."""
         return f"base/{self.setting_name}/{self.id}"
 
     @property
     def data(self) -> str:
-        """The directory of its problems and lm-eval tasks under the root."""
+        """The folder of its problems and lm-eval tasks under the root."""
         return f"data/{self.setting_name}/{content_hash(self._problems)}"
 
     @property

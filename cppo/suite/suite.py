@@ -20,8 +20,9 @@ from cppo import advantages, divergences
 from cppo.integrations import verl_checks
 from cppo.objectives import Objective, objective, params_of, spec
 from cppo.rollout.engines import ENGINES
-from cppo.suite.config import BaseConfig, Divergence, Evaluation, Resources, RuleEntry, RunConfig, Setting
+from cppo.suite.config import BaseConfig, Evaluation, Resources, RunConfig, Setting
 from cppo.suite.presets import expand
+from cppo.suite.rule import Divergence, RuleEntry
 from cppo.suite.schema import Config, Name, Seed, one_line, parse, unique
 from cppo.suite.yaml_file import read_yaml
 from cppo.system.plugins import code_of
