@@ -24,8 +24,8 @@ A room whose files serve different layers is listed in parts.
     rewards                   verdicts on answers
     rollout.engines           which engines there are
     tasks                     task families: problems, prompts, verification
-    suite.setting             types of a setting
-    suite.config              types of rules and runs
+    suite.rule                types of rules
+    suite.config              types of models, settings and runs
     models                    models: created, loaded, asked for log-probabilities
     rollout                   responses sampled from mu
     results.run_folder        what a run leaves behind

@@ -54,8 +54,8 @@ def data(args: argparse.Namespace) -> None:
     sets, report = base.setting.task.load(base.setting_name)
     if RunFolder(Path(args.root) / base.folder).done and (folder / "report.json").is_file():
         before = read_json(folder / "report.json")
-        for name, found in report.items():
-            if found.get("sha256") != before.get(name, {}).get("sha256"):
+        for name, entry in report.items():
+            if entry.get("sha256") != before.get(name, {}).get("sha256"):
                 raise ValueError(
                     f"{folder}: the file of {name} has changed since the base model was made; give the new one another name, "
                     "or delete this folder and what was trained on it"
@@ -222,11 +222,11 @@ def check(args: argparse.Namespace) -> int:
     from cppo.objectives import objective
     from cppo.objectives.laws import check as try_laws
 
-    found = try_laws(objective(args.objective, **dict(map(_key_value, args.set or ()))))
-    for law, broken in found.items():
+    verdicts = try_laws(objective(args.objective, **dict(map(_key_value, args.set or ()))))
+    for law, broken in verdicts.items():
         print(f"kept    {law}" if broken is None else f"BROKEN  {law}: {broken}")
-    count = sum(broken is not None for broken in found.values())
-    print(f"{args.objective}: {count} of {len(found)} laws broken" if count else f"{args.objective} keeps every law")
+    count = sum(broken is not None for broken in verdicts.values())
+    print(f"{args.objective}: {count} of {len(verdicts)} laws broken" if count else f"{args.objective} keeps every law")
     return int(count > 0)
 
 

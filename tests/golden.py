@@ -44,8 +44,7 @@ from cppo.objectives import Tokens, names, objective
 from cppo.results.run_folder import RunFolder
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import BaseConfig, RunConfig
-from cppo.suite.setting import Model
+from cppo.suite.config import BaseConfig, Model, RunConfig
 from cppo.suite.suite import Suite, load_suite
 from cppo.tasks.types import GeneratedTask, write_problems
 from cppo.training.base_model import make_base

@@ -640,3 +640,13 @@ def test_unknown_setting_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["data", "--suite", str(path), "--setting", "../x", "--root", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err == "cppo: error: --setting ../x: not in the suite; it has tiny\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_example_of_the_guide_loads(tmp_path: Path) -> None:
+    """The setting on problems of one's own in config/README.md, and the guide names every suite."""
+    guide = (ROOT / "config" / "README.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    raw = example() | {"settings": parsed(block), "rules": [{"name": "grpo", "objective": "grpo"}]}
+    assert load_suite(save(tmp_path, raw)).settings["mine"].task.family == "file"
+    cells = re.findall(r"^\| (`.*?\.yaml`) \|", guide, re.MULTILINE)
+    assert {path.name for path in SUITES} == set(re.findall(r"`(\w+\.yaml)`", " ".join(cells)))

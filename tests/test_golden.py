@@ -10,7 +10,7 @@ from cppo import advantages, divergences
 from cppo.loss import Aggregation
 from cppo.numerics import NUMERICS_VERSION
 from cppo.objectives import names
-from cppo.suite.config import RuleEntry
+from cppo.suite.rule import RuleEntry
 
 EACH = [(file, name) for file, traces in TRACES.items() for name in traces]
 UNMASKED = ("gpg", "pg", "cispo", "minpro", "sapo", "drpo", "spo")

@@ -11,8 +11,8 @@ from tiny import DENSE, MOE, ROOT
 
 from cppo.__main__ import main
 from cppo.models.create import create_model
+from cppo.suite.config import Model
 from cppo.suite.cost import cost
-from cppo.suite.setting import Model
 from cppo.suite.suite import Suite, load_suite
 
 TABLE3 = """

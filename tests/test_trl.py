@@ -24,7 +24,7 @@ from cppo.loss import policy_loss
 from cppo.models.create import create_model, create_tokenizer
 from cppo.models.logprobs import token_logprobs
 from cppo.objectives import Tokens, names, objective
-from cppo.suite.setting import Model
+from cppo.suite.config import Model
 from cppo.tasks.chain import ChainTask
 from cppo.tasks.types import SPECIAL
 

@@ -22,7 +22,7 @@ from cppo.__main__ import main
 from cppo.integrations import verl_command, verl_launch
 from cppo.models.create import create_tokenizer
 from cppo.results.run_folder import RunFolder
-from cppo.suite.setting import Resources
+from cppo.suite.config import Resources
 from cppo.suite.suite import load_suite
 from cppo.system.interrupts import Interrupted
 from cppo.tasks.types import SPECIAL, problem

@@ -3,8 +3,8 @@
 from typing import Any
 
 from cppo.integrations import SampledTokenLoss
-from cppo.suite.config import RuleEntry
-from cppo.suite.setting import Resources, Setting
+from cppo.suite.config import Resources, Setting
+from cppo.suite.rule import RuleEntry
 from cppo.tasks.types import Task, TextTask
 
 VERL_ADVANTAGES = {

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cppo.integrations.verl_checks import VERL_ADVANTAGES, divergence_of, micro_rows
-from cppo.suite.config import RunConfig
-from cppo.suite.setting import Resources, Setting
+from cppo.suite.config import Resources, RunConfig, Setting
 from cppo.system.seeds import seed
 from cppo.tasks.types import TextTask
 

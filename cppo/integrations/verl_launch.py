@@ -27,8 +27,7 @@ import pandas as pd
 from cppo.integrations.verl_command import VERSION, command, on_cluster, verl_python
 from cppo.results.provenance import provenance
 from cppo.results.run_folder import RunFolder, Status
-from cppo.suite.config import RunConfig
-from cppo.suite.setting import Resources
+from cppo.suite.config import Resources, RunConfig
 from cppo.system.files import write_atomic
 from cppo.system.interrupts import Interrupted, Terminated
 from cppo.tasks.types import Problem, TextTask

@@ -1,4 +1,4 @@
-"""Named objective entries: `preset: cppo_paper` in a suite stands for these keys; keys given beside it win.
+"""Named rules: `preset: cppo_paper` in a suite stands for the keys below. Keys that stand beside it win.
 
 Paper and releases differ in choices that change numbers; a preset names one consistent set of them. Where the paper is
 explicit, `cppo_paper` follows it; where it is silent, it follows what both releases agree on. Centred advantages and
@@ -13,7 +13,7 @@ _TOP20 = {"estimator": "top_k", "kind": "tv", "k": 20}
 PRESETS: dict[str, dict[str, Any]] = {
     # Top-20 TV, weights over the response's own length, budget clamped at twice its floor (Eq. 8-11, 22; Table 3).
     "cppo_paper": {"objective": "cppo", "divergence": _TOP20, **_MATCHED},
-    # UniRL's release: Binary TV, differentiable ratio without a cap, always adaptive.
+    # The release of UniRL: Binary TV, differentiable ratio without a cap, always adaptive.
     "cppo_unirl": {
         "objective": "cppo",
         "params": {"cap": None},
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cispo_paper": {"objective": "cispo", **_MATCHED},
     # MinPRO without a floor, so that the prefix can suppress; its paper's range could not be verified.
     "minpro_paper": {"objective": "minpro", **_MATCHED},
-    # DAPO's loss and advantages; overlong_buffer and resample are keys of the rollout plan.
+    # DAPO's loss and advantages; its overlong_buffer and resample are keys of `rollout`.
     "dapo": {"objective": "grpo", "advantage": "grpo", "aggregation": "token-mean", "anchor": "recomputed"},
     # Dr.GRPO: neither the group's deviation nor the response's length divides.
     "dr_grpo": {
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"objective": "ppo", "advantage": "rloo", "anchor": "recomputed"},
     # GPG: no importance ratio at all.
     "gpg": {"objective": "gpg", "advantage": "gpg"},
-    # GSPO as published: std-normalised advantages, with_anchor on the recomputed policy.
+    # GSPO as published: advantages over the standard deviation, anchored at the recomputed policy.
     "gspo": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
     # GMPO as published.
     "gmpo": {"objective": "gmpo", "aggregation": "seq-mean-token-mean", "anchor": "recomputed"},
@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(entry: Any) -> Any:
-    """An objective entry as read from YAML with its preset filled in; anything else comes back unchanged.
+    """A rule as read from YAML with its preset filled in; anything else comes back unchanged.
 
     Raises ValueError for an unknown preset.
     """

@@ -29,29 +29,27 @@ class Config(BaseModel):
 
 
 class Mark:
-    """What a field's annotation says about the content hash."""
+    """A mark in the annotation of a field that says how the content hash treats it."""
 
 
 LATER = Mark()
-"""Marks a key that was added after runs had been published. It is hashed only when it differs from its default, so that the
-ids of older runs stay as they are: `teacher: Annotated[str | None, LATER] = None`."""
+"""Marks a key that was added after runs had been published. The key is hashed only when it differs from its default, so that
+the ids of older runs stay as they are: `teacher: Annotated[str | None, LATER] = None`."""
 NOT_HASHED = Mark()
 """Marks a key that changes no number, such as a title."""
 
 
 def hashed(value: object) -> object:
-    """The plain data that stands for `value` in a content hash: everything but the keys that `LATER` and `NOT_HASHED` leave
-    out."""
+    """The plain data that stands for `value` in a content hash: all keys but those that `LATER` and `NOT_HASHED` leave out."""
     if isinstance(value, BaseModel):
-        found = {}
+        plain = {}
         for name, field in type(value).model_fields.items():
-            here = getattr(value, name)
-            if NOT_HASHED in field.metadata or (
-                LATER in field.metadata and here == field.get_default(call_default_factory=True)
-            ):
+            content = getattr(value, name)
+            at_default = content == field.get_default(call_default_factory=True)
+            if NOT_HASHED in field.metadata or (LATER in field.metadata and at_default):
                 continue
-            found[name] = hashed(here)
-        return found
+            plain[name] = hashed(content)
+        return plain
     if isinstance(value, Mapping):
         return {str(key): hashed(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -66,12 +64,12 @@ def content_hash(value: object) -> str:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks and control characters, which a key in the file may hold."""
+    """The message on one line, without control characters. A key in a file may hold both."""
     return " ".join("".join(c if c.isprintable() else " " for c in message).split())
 
 
 def unique(values: Iterable[Any], what: str) -> None:
-    """Raises ValueError, beginning with `what`, when a value occurs twice."""
+    """Check that no value occurs twice. Raises ValueError, beginning with `what`, otherwise."""
     seen: set[Any] = set()
     for value in values:
         if value in seen:
@@ -80,7 +78,7 @@ def unique(values: Iterable[Any], what: str) -> None:
 
 
 def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
-    """`raw` (plain data) as a checked `kind`. Raises ValueError, one line that names `where` and the key, otherwise."""
+    """Plain data as a checked `kind`. Raises ValueError, one line that names `where` and the key, when it is not one."""
     try:
         text = json.dumps(raw, default=str)
     except (ValueError, TypeError, RecursionError) as error:
@@ -120,11 +118,14 @@ RENAMED = {
         "vllm_tolerance": "engine_tolerance",
     }.items()
 }
-"""Keys of older suites and runs, with what to say of them."""
+"""Keys of older suites and run folders -> what to say of them."""
 
 
 def _place(loc: tuple[int | str, ...], raw: object, missing: bool) -> list[str]:
-    """The keys that lead to an error, without the names that pydantic adds for the members of a union."""
+    """The keys that lead to an error, without the names that pydantic adds for the members of a union.
+
+    missing: whether the last key is one that is not there.
+    """
     keys: list[str] = []
     here: Any = raw
     for i, part in enumerate(loc):

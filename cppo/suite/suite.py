@@ -1,10 +1,10 @@
 """Suites: loaded from YAML, resolved into runs, and checked before anything is computed.
 
 A suite (`config/<name>.yaml`) names settings (model, task, rollouts, optimiser), rules, seeds and the evaluation.
-`load_suite` checks all of it and turns it into runs, one for each setting x rule x seed. A run's id is the hash of its fully
-resolved configuration without the suite's name, so equal runs of two suites are one run.
+`load_suite` checks all of it and turns it into runs, one for each setting, rule and seed. The id of a run is the hash of its
+fully resolved configuration. The suite's name is not part of it, so equal runs of two suites are one run.
 
-Every error is a ValueError of one line: file, key, what is wrong.
+Every error is a ValueError of one line that names the file, the key and what is wrong.
 """
 
 import dataclasses
@@ -20,34 +20,34 @@ from cppo import advantages, divergences
 from cppo.integrations import verl_checks
 from cppo.objectives import Objective, objective, params_of, spec
 from cppo.rollout.engines import ENGINES
-from cppo.suite.config import BaseConfig, Divergence, Evaluation, RuleEntry, RunConfig
+from cppo.suite.config import BaseConfig, Evaluation, Resources, RunConfig, Setting
 from cppo.suite.presets import expand
+from cppo.suite.rule import Divergence, RuleEntry
 from cppo.suite.schema import Config, Name, Seed, one_line, parse, unique
-from cppo.suite.setting import Resources, Setting
 from cppo.suite.yaml_file import read_yaml
 from cppo.system.plugins import code_of
 
 FOLDER = Path("config")
-"""Where suites are looked for by name."""
+"""The folder where suites are looked for by name."""
 
 
 class Suite(Config):
-    """A whole comparison: settings x rules x seeds."""
+    """A whole comparison: every setting with every rule and every seed."""
 
     description: str
     """What the suite is for."""
     seeds: tuple[Seed, ...] = Field(min_length=1)
-    """Each rule runs once with each seed."""
+    """The seeds; each rule is run once with each of them."""
     settings: dict[Name, Setting] = Field(min_length=1)
-    """The tables' columns."""
+    """The settings by name: the columns of the tables."""
     evaluation: Evaluation
-    """The same for all."""
+    """How checkpoints are scored; the same for all runs."""
     rules: tuple[RuleEntry, ...] = Field(min_length=1)
-    """The tables' rows."""
+    """The rules: the rows of the tables."""
     resources: dict[Name, Resources] = Field(default_factory=dict)
-    """What the jobs of a setting ask a cluster for, by the setting's name; for others one core."""
+    """Setting -> what its jobs ask a cluster for. The jobs of a setting that is not listed ask for one core."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that get every iteration's metrics too."""
+    """Trackers that are sent the metrics of every iteration too."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
@@ -70,7 +70,7 @@ class Suite(Config):
 
     @cached_property
     def by_id(self) -> dict[str, RunConfig]:
-        """All runs by id; made once, since the workflow asks for every run several times."""
+        """All runs by id. They are made once, because the workflow asks for every run several times."""
         runs = (
             RunConfig(
                 rule=resolve(rule, name, setting),
@@ -110,7 +110,7 @@ class Suite(Config):
         return self.resources.get(setting_name, Resources())
 
     def published(self) -> dict[str, Any]:
-        """The suite as plain data, each rule with the names of what it shows (`traces`): what tables and figures read."""
+        """The suite as plain data for tables and figures, where each rule has the names of what it shows (`traces`)."""
         plain = self.model_dump(mode="json")
         for rule, entry in zip(self.rules, plain["rules"], strict=True):
             entry["traces"] = list(objective_of(resolve(rule, *next(iter(self.settings.items())))).spec.traces)
@@ -133,7 +133,7 @@ def suite_path(name: str) -> Path:
 
 
 def suite_name(name: str) -> str:
-    """The name of a suite that is given by its name, its file or a folder of its tables."""
+    """The name of a suite that is given by its name, by its file or by a folder of its tables."""
     return Path(name).name.removesuffix(".yaml").removesuffix(".yml")
 
 
@@ -175,36 +175,36 @@ def _added(text: str) -> object:
 
 
 def resolve(rule: RuleEntry, setting_name: str, setting: Setting) -> RuleEntry:
-    """The rule for one setting, with every hyper-parameter written out, so that changing a default in the code changes the
-    run's id, and with the hashes of the user's own modules.
+    """The rule for one setting, with the hashes of the user's own modules and with every hyper-parameter written out, so that a
+    changed default in the code changes the run's id.
 
     Raises ValueError, one line that begins with the key, for what the objective does not take.
     """
-    here, divergence = dict(rule.params_by_setting.get(setting_name, {})), rule.divergence
-    if "divergence" in here:
-        divergence = parse(Divergence, here.pop("divergence"), f"params_by_setting.{setting_name}.divergence")
+    overrides, divergence = dict(rule.params_by_setting.get(setting_name, {})), rule.divergence
+    if "divergence" in overrides:
+        divergence = parse(Divergence, overrides.pop("divergence"), f"params_by_setting.{setting_name}.divergence")
     values = {
         key: setting.rollout.max_response_tokens if value == "max_response_tokens" else value
-        for key, value in {**rule.params, **here}.items()
+        for key, value in {**rule.params, **overrides}.items()
     }
-    _found("objective", lambda: spec(rule.objective))
-    _found("advantage", lambda: advantages.estimator(rule.advantage))
+    _look_up("objective", lambda: spec(rule.objective))
+    _look_up("advantage", lambda: advantages.estimator(rule.advantage))
     code = code_of(rule.objective) | code_of(rule.advantage)
     if divergence is not None:
         estimator = divergence.estimator
-        _found("divergence.estimator", lambda: divergences.estimator(estimator))
+        _look_up("divergence.estimator", lambda: divergences.estimator(estimator))
         code |= code_of(estimator)
     try:
         params = dataclasses.asdict(params_of(rule.objective, **values))
     except ValueError as error:
         key = str(error).split(":")[0]
         known = {*values, *(field.name for field in dataclasses.fields(spec(rule.objective).params))}
-        where = f"params_by_setting.{setting_name}" if key in here else "params"
+        where = f"params_by_setting.{setting_name}" if key in overrides else "params"
         raise ValueError(f"{where}{'.' if key in known else ': '}{error}") from None
     return rule.model_copy(update={"params": params, "divergence": divergence, "params_by_setting": {}, "code": code})
 
 
-def _found(key: str, find: Callable[[], object]) -> None:
+def _look_up(key: str, find: Callable[[], object]) -> None:
     """Look something up; an error begins with the key that names it."""
     try:
         find()
@@ -218,7 +218,7 @@ def objective_of(rule: RuleEntry) -> Objective:
 
 
 def check_rule(rule: RuleEntry, setting: Setting) -> None:
-    """ValueError, one line that begins with the key, for a resolved rule that cannot be trained in this setting."""
+    """Raises ValueError, one line that begins with the key, for a resolved rule that cannot be trained in this setting."""
     needs = objective_of(rule).needs
     if ("divergence" in needs) != (rule.divergence is not None):
         need = "needs one" if rule.divergence is None else "uses none"

@@ -1,4 +1,4 @@
-"""A suite as YAML from a stranger: duplicate keys, aliases of aliases and odd tags are errors of one line."""
+"""Reads a YAML file from a stranger. Duplicate keys, aliases of aliases and odd tags are errors of one line."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ import yaml
 from cppo.suite.schema import one_line
 
 MAX_BYTES = 2**18
-"""Of a suite's file."""
+"""Largest file of a suite that is read."""
 MAX_NODES = 100_000
-"""Of a suite's YAML, aliases written out."""
+"""Most values of a suite, its aliases written out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,6 +37,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 
 def read_yaml(path: Path) -> object:
+    """The plain data in a YAML file. Raises ValueError, one line naming file and line, when it cannot be read."""
     try:
         with path.open("rb") as source:
             content = source.read(MAX_BYTES + 1)
@@ -62,7 +63,7 @@ def read_yaml(path: Path) -> object:
 
 
 def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """How many nodes this one is when its aliases are written out; a YAMLError when too many, or when it contains itself.
+    """How many nodes this one is when its aliases are written out. Raises YAMLError for too many, or for one inside itself.
 
     A few hundred bytes of aliases of aliases may stand for more than any memory holds.
     """

@@ -15,10 +15,10 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Generic[Entry]):
-    """Entries by the name of the function that each stands for; an entry of a user's own is found at "module:function"."""
+    """Entries by the name of the function that each stands for. An entry of a user's own is found by "module:function"."""
 
     def __init__(self, kind: str, decorator: str) -> None:
-        """kind: what an entry is called in errors. decorator: how a user's own function gets in, as text for errors."""
+        """kind: what errors call an entry. decorator: what registers a user's own function, as text for errors."""
         self.kind, self.decorator = kind, decorator
         self._entries: dict[str, tuple[Callable[..., object], Entry]] = {}
 
@@ -58,10 +58,10 @@ class Registry(Generic[Entry]):
 
 
 def _imported(module_name: str, what: str) -> object:
-    """The module, looked for in the folder where the command runs too. Raises ValueError, one line, when it does not import."""
-    here = str(Path.cwd())
-    if here not in sys.path:  # `python -m` puts it there, an installed command does not
-        sys.path.append(here)
+    """The module, which may be in the folder where the command runs. Raises ValueError, one line, when it does not import."""
+    current = str(Path.cwd())
+    if current not in sys.path:  # `python -m` puts it there, an installed command does not
+        sys.path.append(current)
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

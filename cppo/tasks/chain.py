@@ -3,7 +3,7 @@
     prompt    3a-8b*9c+5>                      first digit, then (letter, operator, operand) for each step
     response  a3-8=5b5*9=5c5+5=0\\boxed{0}     (letter, running digit, operator, operand, =, result) for each step, the answer
 
-Operators are +, - (operand 0-9) and * (operand 3, 7, 9). All are bijective in the running digit, so a slip persists.
+Operators are +, - (operand 0 to 9) and * (operand 3, 7 or 9). All are bijective in the running digit, so a slip persists.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class Chain:
         return values
 
     def noisy_results(self, table: NoisyTable[Step], rng: np.random.Generator) -> list[int]:
-        """The running digits of one demonstration; a slip is carried on."""
+        """The running digits of one demonstration. A slip is carried on."""
         values, a = [], self.start
         for operator, b in self.steps:
             a = table.shown((operator, a, b), rng)
@@ -68,7 +68,7 @@ class Chain:
 
 
 def random_chain(length: int, rng: np.random.Generator) -> Chain:
-    """A chain of this length; operators are equally likely, then operands."""
+    """A chain of this length. All operators are equally likely, and so are the operands of each."""
     operators = [str(o) for o in rng.choice(list(OPERANDS), length)]
     return Chain(int(rng.integers(10)), tuple((o, int(rng.choice(OPERANDS[o]))) for o in operators))
 

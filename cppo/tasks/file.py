@@ -1,4 +1,4 @@
-"""Family `file`: anyone's problems in words, from files on this machine, for a published checkpoint.
+"""Family `file`: problems in words from files of the user's own, for a published checkpoint.
 
     task:
       family: file
@@ -7,8 +7,8 @@
         - {name: mine, path: data/held_out.parquet, problems: 50}
       columns: {question: prompt, answer: solution}
 
-A file is JSON lines, Parquet or CSV with a column of questions and a column of gold answers. Answers are what would stand in
-the box. What makes a set whole is told in `cppo.tasks.reading`.
+A file is JSON lines, Parquet or CSV with a column of questions and a column of gold answers. A gold answer is what should
+stand in the box. What makes a set of problems whole is told in `cppo.tasks.reading`.
 """
 
 from collections.abc import Iterator
@@ -34,19 +34,19 @@ class Columns(Config):
 
 
 class TrainingFile(Config):
-    """A file of training problems: what is empty, repeated, contradictory or part of a benchmark is dropped and counted."""
+    """A file of training problems. Problems that are empty, repeated, contradictory or held out are dropped and counted."""
 
     path: str
     """The file, .jsonl, .parquet or .csv; relative to the folder where the command runs."""
 
 
 class HeldOutFile(Benchmark):
-    """A file of held-out problems: an empty or repeated problem is an error."""
+    """A file of held-out problems. An empty or repeated problem is an error."""
 
     path: str
     """The file, .jsonl, .parquet or .csv; relative to the folder where the command runs."""
     problems: Count
-    """How many problems are scored: the first so many of the file, which must hold at least as many."""
+    """How many problems are scored: the first ones of the file, which must hold at least as many."""
 
 
 class FileTask(TextTask):
@@ -59,10 +59,10 @@ class FileTask(TextTask):
     benchmarks: tuple[HeldOutFile, ...] = Field(min_length=1)
     """Held-out sets."""
     columns: Columns = Columns()
-    """Names of the columns of every file."""
+    """Names of the columns, the same in every file."""
 
     def load(self, setting_name: str) -> tuple[dict[str, tuple[Problem, ...]], Report]:
-        """See `Task.load`. Raises ValueError, naming the file, the row and the column, for what is wrong there."""
+        """See `Task.load`. Raises ValueError, one line that names the file, the row and the column, for what is wrong."""
         sets: dict[str, tuple[Problem, ...]] = {}
         report: Report = {}
         with Judge() as judge:
@@ -72,13 +72,13 @@ class FileTask(TextTask):
 
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted.path)
-                found, counts = held_out(wanted.name, rows, judgeable, wanted.path)
-                if len(found) < wanted.problems:
+                problems, counts = held_out(wanted.name, rows, judgeable, wanted.path)
+                if len(problems) < wanted.problems:
                     raise ValueError(
-                        f"{wanted.path}: holds {len(found)} problems, benchmark {wanted.name} of the suite asks for "
+                        f"{wanted.path}: holds {len(problems)} problems, benchmark {wanted.name} of the suite asks for "
                         f"{wanted.problems}"
                     )
-                sets[wanted.name] = found[: wanted.problems]
+                sets[wanted.name] = problems[: wanted.problems]
                 report[wanted.name] = origin | counts
             rows, origin = self._rows(self.train.path)
             kept, counts = training(TRAIN, rows, judgeable)

@@ -1,10 +1,11 @@
 r"""Family `math`: competition mathematics in words, from published problem sets; the paper's task.
 
 Every name stands for one file of one repository of the Hugging Face hub at the commit that the suite names, or for the same
-file in a local folder, <data_dir>/<name>/*.parquet (.jsonl, .csv). What makes a set whole is told in `cppo.tasks.reading`.
+file in a local folder, <data_dir>/<name>/*.parquet (.jsonl, .csv). What makes a
+set of problems whole is told in `cppo.tasks.reading`.
 
 The file of DAPO-Math-17k repeats about 17 thousand problems a hundred times and wraps each question in a request for a last
-line "Answer: ...". The wrapping is removed: what is asked of the model is the suite's `instruction`.
+line "Answer: ...". The wrapping is removed; the suite's `instruction` says what is asked of the model.
 """
 
 from abc import abstractmethod
@@ -30,7 +31,7 @@ DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
 class Row(BaseModel):
-    """A row as published: the columns that are needed, with their types; others are ignored."""
+    """A row as published: the columns that are needed, with their types. Other columns are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -118,7 +119,7 @@ Published = Literal["dapo_math_17k", "aime24", "aime25", "aime26", "math500", "g
 
 
 class TrainingSet(Config):
-    """Published training problems: what is empty, repeated, contradictory or part of a benchmark is dropped and counted."""
+    """Published training problems. Problems that are empty, repeated, contradictory or held out are dropped and counted."""
 
     name: Published
     """Which set."""
@@ -129,16 +130,16 @@ class TrainingSet(Config):
 
 
 class HeldOutSet(Benchmark):
-    """A published benchmark: it must be whole, so an empty or repeated problem is an error."""
+    """A published benchmark. It must be whole, so an empty or repeated problem is an error."""
 
     name: Published
     """Which set; also the lm-eval task's name."""
     revision: Commit | None = None
     """The hub's commit; needed unless `data_dir` holds the file."""
     problems: Count
-    """Problems that its file must hold, or with `rows` the first so many of them; another number is an error."""
+    """How many problems are scored. Without `rows` the file must hold exactly as many."""
     rows: Annotated[Count | None, LATER] = None
-    """Problems that its file must hold, where only the first `problems` of them are scored; None = all are scored."""
+    """Problems that the file must hold, where only the first `problems` of them are scored; None = all are scored."""
 
     @model_validator(mode="after")
     def _cut(self) -> "HeldOutSet":
@@ -159,7 +160,7 @@ class MathTask(TextTask):
     benchmarks: tuple[HeldOutSet, ...] = Field(min_length=1)
     """Held-out sets."""
     data_dir: str | None = None
-    """Folder with the data sets' files, <data_dir>/<name>/*.parquet, .jsonl or .csv, if there is no hub; None = hub."""
+    """Folder with the files of the data sets, <data_dir>/<name>/*.parquet, .jsonl or .csv; None = they are had from the hub."""
 
     @model_validator(mode="after")
     def _reachable(self) -> "MathTask":
@@ -172,7 +173,7 @@ class MathTask(TextTask):
         return self
 
     def load(self, setting_name: str) -> tuple[dict[str, tuple[Problem, ...]], Report]:
-        """See `Task.load`. Raises ValueError, naming data set, row and column, for anything that is not as published."""
+        """See `Task.load`. Raises ValueError, one line that names data set, row and column, for what is not as published."""
         sets: dict[str, tuple[Problem, ...]] = {}
         report: Report = {}
         with Judge() as judge:
@@ -182,13 +183,13 @@ class MathTask(TextTask):
 
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted)
-                found, counts = held_out(wanted.name, rows, judgeable, wanted.name)
+                problems, counts = held_out(wanted.name, rows, judgeable, wanted.name)
                 expected = wanted.rows or wanted.problems
-                if len(found) != expected:
+                if len(problems) != expected:
                     raise ValueError(
-                        f"{wanted.name}: {len(found)} problems, the suite says {expected}: another file or another revision"
+                        f"{wanted.name}: {len(problems)} problems, the suite says {expected}: another file or another revision"
                     )
-                sets[wanted.name] = found[: wanted.problems]
+                sets[wanted.name] = problems[: wanted.problems]
                 report[wanted.name] = origin | counts
             rows, origin = self._rows(self.train)
             kept, counts = training(self.train.name, rows, judgeable)
@@ -235,10 +236,10 @@ class MathTask(TextTask):
             folder = fetch(source.repo, "dataset", wanted.revision, [source.file], remedy)
             return folder / source.file
         folder = Path(self.data_dir) / wanted.name
-        found = sorted(path for path in folder.glob("*") if path.suffix in ENDINGS)
-        if len(found) != 1:
+        files = sorted(path for path in folder.glob("*") if path.suffix in ENDINGS)
+        if len(files) != 1:
             raise ValueError(
-                f"{folder}: {len(found)} files of {wanted.name}, expected one .parquet, .jsonl or .csv: "
+                f"{folder}: {len(files)} files of {wanted.name}, expected one .parquet, .jsonl or .csv: "
                 f"{source.file} of {source.repo}"
             )
-        return found[0]
+        return files[0]

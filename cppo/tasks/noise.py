@@ -16,7 +16,7 @@ Entry = TypeVar("Entry", bound=Hashable)
 
 @dataclass(frozen=True)
 class NoisyTable(Generic[Entry]):
-    """For each entry (an operation with its operands) its result, how often it is shown, and the one wrong digit."""
+    """An entry is an operation with its operands. The table holds how often each is shown rightly, and its one wrong digit."""
 
     result: Callable[[Entry], int]
     right: dict[Entry, float]
@@ -30,9 +30,10 @@ class NoisyTable(Generic[Entry]):
 def noisy_table(
     entries: Iterable[Entry], result: Callable[[Entry], int], weak: float, setting_name: str
 ) -> NoisyTable[Entry]:
-    """An entry is weak with probability `weak` and then shown rightly with r ~ U(0.2, 0.7), else with 0.99.
+    """The table of a setting. An entry is weak with probability `weak`.
 
-    result: the entry's true digit; wrong digits are others modulo 10.
+    A weak entry is shown rightly with a probability drawn from U(0.2, 0.7), another one with probability 0.99.
+    result: the true digit of an entry. The wrong digit is another one modulo 10.
     """
     rng = numpy_generator("table", setting_name)
     right, wrong = {}, {}

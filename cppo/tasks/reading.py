@@ -1,7 +1,7 @@
-"""Rows of problem files, streamed and checked: Parquet, JSON lines or CSV; and what makes a set of problems whole.
+"""Reads files of problems (Parquet, JSON lines or CSV) and checks that a set of problems is whole.
 
-A benchmark must be whole: an empty or repeated problem is an error. Of training problems, those that are empty, repeated,
-contradictory or part of a benchmark are dropped and counted.
+In a benchmark, an empty or repeated problem is an error. Of training problems, those that are empty, repeated, contradictory
+or part of a benchmark are dropped and counted.
 """
 
 import csv
@@ -22,7 +22,7 @@ ENDINGS = (".parquet", ".jsonl", ".csv")
 ENCODING = "utf-8-sig"
 """UTF-8, with or without the byte order mark that spreadsheets write."""
 CSV_FIELD_CHARACTERS = 2**24
-"""Longest field of a CSV file that is read."""
+"""Most characters of a field of a CSV file."""
 
 Rows = Iterable[tuple[str, str, int]]
 """(question, answer, difficulty) of each row."""
@@ -85,40 +85,41 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def held_out(
     name: str, rows: Rows, judgeable: Callable[[Problem], bool], place: str
 ) -> tuple[tuple[Problem, ...], Report]:
-    """A benchmark's problems and its part of the report. Raises ValueError for an empty or repeated problem.
+    """The problems of a benchmark and its part of the report. Raises ValueError for an empty or repeated problem.
 
-    judgeable: whether a problem's own gold answer is judged right; others are counted, not dropped. place: what errors name.
+    judgeable: whether the gold answer of a problem is judged right. Problems where it is not are counted, not dropped.
+    place: what errors name.
     """
-    found: dict[str, Problem] = {}
+    by_question: dict[str, Problem] = {}
     for number, (question, answer, difficulty) in enumerate(rows, start=1):
         where = f"{place}: row {number}"
         if not (question and answer):
             raise ValueError(f"{where}: the {'answer' if question else 'question'} is empty; a benchmark must be whole")
-        if _spaced(question) in found:
+        if _spaced(question) in by_question:
             raise ValueError(f"{where}: the question stands in an earlier row too; a benchmark must not repeat one")
-        found[_spaced(question)] = problem(question, answer, name, difficulty)
-    problems = tuple(found.values())
+        by_question[_spaced(question)] = problem(question, answer, name, difficulty)
+    problems = tuple(by_question.values())
     return problems, {"problems": len(problems), "unjudgeable": sum(not judgeable(p) for p in problems)}
 
 
 def training(name: str, rows: Rows, judgeable: Callable[[Problem], bool]) -> tuple[tuple[Problem, ...], Report]:
-    """The training problems that are whole, unique and judgeable, and how many rows were not."""
+    """The training problems that are whole, unique and judgeable, and the numbers of rows that are not."""
     counts: Counter[str] = Counter(dict.fromkeys(("rows", "empty", "repeated", "contradictory"), 0))
-    found: dict[str, Problem] = {}
+    by_question: dict[str, Problem] = {}
     contradictory: set[str] = set()
     for question, answer, difficulty in rows:
         counts["rows"] += 1
         key = _spaced(question)
         if not (question and answer):
             counts["empty"] += 1
-        elif key not in found:
-            found[key] = problem(question, answer, name, difficulty)
+        elif key not in by_question:
+            by_question[key] = problem(question, answer, name, difficulty)
         else:
             counts["repeated"] += 1
-            if found[key].answer != answer:
+            if by_question[key].answer != answer:
                 contradictory.add(key)
     counts["contradictory"] = len(contradictory)
-    once = tuple(p for key, p in found.items() if key not in contradictory)
+    once = tuple(p for key, p in by_question.items() if key not in contradictory)
     kept = tuple(p for p in once if judgeable(p))
     return kept, {**counts, "unjudgeable": len(once) - len(kept)}
 
@@ -126,7 +127,7 @@ def training(name: str, rows: Rows, judgeable: Callable[[Problem], bool]) -> tup
 def without_overlap(
     name: str, kept: tuple[Problem, ...], benchmarks: Mapping[str, tuple[Problem, ...]]
 ) -> tuple[tuple[Problem, ...], Report]:
-    """The training problems that no benchmark holds, and how many it does, by benchmark.
+    """The training problems that no benchmark holds, and for each benchmark the number of those that it holds.
 
     Raises ValueError when none is left.
     """

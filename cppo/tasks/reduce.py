@@ -1,13 +1,13 @@
-"""Reduce a row of digits to one: the model chooses, at every step, which two digits to add next.
+"""Reduce a row of digits to one digit: at every step the model chooses which two digits it adds.
 
     prompt    51784>                                             n digits
     response  1+4=5>5785-8+5=3>573-5+3=8>78-7+8=5\\boxed{5}      two digits and their sum modulo 10, then the digits that
                                                                  remain, until one is left
 
-Any two digits may be taken, in either order; the sum takes its place at the end of the row. The answer is unique and the way
-is free: two tokens of every step are choices, so that the policy's entropy, and with it the divergence from the rollout
-policy, is spread over the whole response. In the chain it sits on one digit a step. Reinforcement learning can repair a weak
-entry of the table, or choose its way around it.
+Any two digits may be taken, in either order, and their sum goes to the end of the row. The answer is unique, but the way to
+it is free. Two tokens of every step are choices, so that the policy's entropy, and with it the divergence from the rollout
+policy, is spread over the whole response; in the chain it sits on one digit per step. Reinforcement learning can repair a
+weak entry of the table, or it can choose a way around it.
 """
 
 from collections.abc import Iterator

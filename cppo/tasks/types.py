@@ -1,8 +1,8 @@
-"""What a task family is, and its problems, in one schema for every source.
+"""What a task family is, and what a problem is: one schema for every source.
 
-A family is one file: a frozen class of settings with methods that make or read problems, word a prompt, and verify a
-response. There are two kinds. A `GeneratedTask` makes its problems by seed and has an alphabet of its own, so that models
-are created and warm-started for it. A `TextTask` asks a published checkpoint in words.
+A family is one file. It holds a frozen class of settings with methods that make or read problems, word a prompt and verify a
+response. There are two kinds of families. A `GeneratedTask` makes its problems by seed and has an alphabet of its own, so
+that models are created and warm-started for it. A `TextTask` asks a published checkpoint in words.
 """
 
 import hashlib
@@ -32,8 +32,9 @@ BOXED = "\\boxed{"
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 """The first tokens of every alphabet."""
 Report = dict[str, Any]
-"""What was found and dropped while problems were read, for people."""
+"""For people: what was found and dropped while problems were read."""
 Axes = tuple[str | int, ...]
+"""What a random draw depends on (`cppo.system.seeds`)."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,26 @@ class Problem:
     source: str
     """The data set or split."""
     difficulty: int
-    """The size of a generated problem, the level of MATH-500, 0 elsewhere."""
+    """The size of a generated problem, the level of a problem of MATH-500, 0 elsewhere."""
 
 
 def problem(question: str, answer: str, source: str, difficulty: int) -> Problem:
-    """A problem with its content id. The source is no part of the id, so a duplicate across splits has the same one."""
+    """A problem with its content id. The source is not part of the id, so that duplicates across splits have the same one."""
     digest = hashlib.sha256(json.dumps([question, answer]).encode()).hexdigest()
     return Problem(digest[:12], question, answer, source, difficulty)
 
 
 class Benchmark(Config):
-    """A held-out set of problems; stands in for one AIME year."""
+    """A held-out set of problems; it is scored by itself, as one year of AIME is."""
 
     name: Name
-    """The lm-eval task's name."""
+    """Its name, which is also that of its lm-eval task."""
     problems: Count
     """How many problems it has."""
 
 
 class Task(Config):
-    """A task family with its settings: where problems come from, how they are asked, how answers are verified."""
+    """A task family with its settings: where problems come from, how they are asked, how responses are verified."""
 
     family: str
     """Which family this is."""
@@ -107,7 +108,11 @@ class Task(Config):
         return problems
 
     def verify(self, response: str, asked: Problem, judge: Judge) -> float | None:
-        """1.0 for a right response, 0.0 for a wrong one, None without a verdict: the box against the gold answer."""
+        """1.0 for a right response, 0.0 for a wrong one, None where there is no verdict.
+
+        By default the judge compares what is in the box with the gold answer. A family with several right answers, or with
+        a checker of its own, overrides this; training, warm start and evaluation all ask here.
+        """
         return judge.verdict(response, asked.answer)
 
     def first_seeds(self, setting_name: str) -> list[Axes]:
@@ -123,9 +128,9 @@ class SizedBenchmark(Benchmark):
 
 
 class GeneratedTask(Task):
-    """A family whose problems are made by seed, over an alphabet of its own, for models that are created for it.
+    """A family whose problems are made by seed over an alphabet of its own, for models that are created for it.
 
-    A subclass sets `alphabet` and `largest` and writes `draw`, `demonstrations` and `response_tokens`.
+    A subclass sets `alphabet` and `largest`, and writes `draw`, `demonstrations` and `response_tokens`.
     """
 
     alphabet: ClassVar[tuple[str, ...]]
@@ -135,9 +140,9 @@ class GeneratedTask(Task):
     largest: ClassVar[int]
     """The largest size that the family can write down."""
     sizes: tuple[Count, ...] = Field(min_length=1)
-    """Sizes of the training problems, equally often."""
+    """Sizes of the training problems. Each is equally frequent."""
     problems: Count
-    """Size of the training set; it is reused in a new order when exhausted."""
+    """Number of training problems. When all are used, they are used again in a new order."""
     benchmarks: tuple[SizedBenchmark, ...] = Field(min_length=1)
     """Held-out sets, disjoint from the training problems."""
 
@@ -161,7 +166,7 @@ class GeneratedTask(Task):
 
     @abstractmethod
     def demonstrations(self, setting_name: str) -> Iterator[tuple[str, str]]:
-        """Endless (question, response) pairs for the warm start; wrong on purpose now and then."""
+        """Endless (question, response) pairs for the warm start. Some responses are wrong on purpose."""
 
     @abstractmethod
     def response_tokens(self, size: int) -> int:
@@ -174,7 +179,7 @@ class GeneratedTask(Task):
         return max(((size, self.response_tokens(size)) for size in sizes), key=lambda pair: pair[1])
 
     def load(self, setting_name: str) -> tuple[dict[str, tuple[Problem, ...]], Report]:
-        """See `Task.load`; all problems are distinct by id. Training problems cycle through `sizes`."""
+        """See `Task.load`. No two problems have the same id; the sizes of training problems take turns."""
         taken: set[str] = set()
         sets = {
             b.name: self._distinct_problems((b.size,), b.problems, setting_name, b.name, taken) for b in self.benchmarks
@@ -219,7 +224,7 @@ class TextTask(Task):
     enable_thinking: bool | None = None
     """The chat template's flag of this name (Qwen3: think before answering); None = the template's own default."""
     instruction: str
-    """What follows the question on a line of its own, such as a request for a boxed answer."""
+    """The text after the question, on a line of its own, such as a request for a boxed answer."""
     max_prompt_tokens: Count
     """A training problem with a longer prompt is left out, and counted."""
 
@@ -263,13 +268,13 @@ class TextTask(Task):
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
-    """One JSON object a line, whole or not at all."""
+    """Write one JSON object per line. The file appears whole or not at all."""
     write_atomic(path, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
 
 
 def read_problems(path: str | Path) -> tuple[Problem, ...]:
     """The problems in a file of `write_problems`. Raises ValueError naming file, line and field for anything else."""
-    path, found = Path(path), []
+    path, problems = Path(path), []
     types = {f.name: f.type for f in fields(Problem)}
     try:
         text = path.read_text(encoding="utf-8")
@@ -290,7 +295,7 @@ def read_problems(path: str | Path) -> tuple[Problem, ...]:
         made = Problem(**row)
         if made != problem(made.question, made.answer, made.source, made.difficulty):
             raise ValueError(f"{where}: id {made.id!r:.60} is not the hash of question and answer: the row was edited")
-        found.append(made)
-    if not found:
+        problems.append(made)
+    if not problems:
         raise ValueError(f"{path}: holds no problem; make it again with `python -m cppo data`")
-    return tuple(found)
+    return tuple(problems)
