@@ -1,7 +1,7 @@
-"""Contents: one suite through data, base models, training, evaluation, tables and figures.
+"""One suite through data, base models, training, evaluation, tables and figures.
 
 snakemake --cores all                           the default suite, config/mini.yaml
-snakemake --cores all --config suite=smoke      another one
+snakemake --cores all --config suite=smoke      another one, by its name in config/ or by its file
 snakemake --cores all -F paper_figures          redraw every published figure from results/, training nothing
 """
 

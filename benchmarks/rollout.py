@@ -20,7 +20,7 @@ from cppo.models.create import EOS, PAD, create_model, create_tokenizer
 from cppo.models.load import save_pretrained
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import SAMPLED_ONLY, Record
-from cppo.suite.config import Model
+from cppo.suite.setting import Model
 from cppo.suite.suite import load_suite
 from cppo.system.seeds import uniforms
 from cppo.tasks.types import TRAIN

@@ -17,18 +17,21 @@ A room whose files serve different layers is listed in parts.
     diagnostics               what is measured of an update
     statistics                intervals and probabilities of improvement
     theory                    the paper's bounds, by enumeration
+    theory_search             policies that come closest to a bound
     suite.schema              frozen, checked, hashed configuration
     suite.yaml_file           YAML from a stranger
     suite.presets             named rules
     rewards                   verdicts on answers
     rollout.engines           which engines there are
     tasks                     task families: problems, prompts, verification
-    suite.config              types of settings, rules and runs
+    suite.setting             types of a setting
+    suite.config              types of rules and runs
     models                    models: created, loaded, asked for log-probabilities
     rollout                   responses sampled from mu
     results.run_folder        what a run leaves behind
     results.checkpoint        training states
     results.provenance        code and packages
+    results.columns           columns of tables, and how a table is read
     training                  batches, updates, base models
     evaluation                scores, through lm-eval
     integrations              the objectives inside TRL and verl; the verl command of a run

@@ -27,24 +27,39 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cppo.suite.suite import Suite, load_suite, suite_name
 from cppo.system.files import write_atomic
 from cppo.system.interrupts import TRY_AGAIN, Interrupted
 from cppo.system.lock import locked
 
-# Modules that need transformers or lm-eval are imported in the command that uses them: most commands then start sooner.
+if TYPE_CHECKING:
+    from cppo.suite.config import BaseConfig
+    from cppo.suite.suite import Suite
+    from cppo.tasks.types import Problem
+
+# Everything else is imported in the command that uses it: commands then start sooner, and `main` has told the hub's client to
+# stay offline before that is imported.
 
 
 def data(args: argparse.Namespace) -> None:
     """Write the problems and lm-eval tasks of a setting."""
     from cppo.evaluation.lm_eval_task import write_tasks
+    from cppo.results.run_folder import RunFolder
+    from cppo.system.files import read_json
     from cppo.tasks.types import write_problems
 
     base = _suite(args).base(args.setting)
     folder = Path(args.root) / base.data
     sets, report = base.setting.task.load(base.setting_name)
+    if RunFolder(Path(args.root) / base.folder).done and (folder / "report.json").is_file():
+        before = read_json(folder / "report.json")
+        for name, found in report.items():
+            if found.get("sha256") != before.get(name, {}).get("sha256"):
+                raise ValueError(
+                    f"{folder}: the file of {name} has changed since the base model was made; give the new one another name, "
+                    "or delete this folder and what was trained on it"
+                )
     write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     for name, problems in sets.items():
@@ -55,11 +70,10 @@ def data(args: argparse.Namespace) -> None:
 def base(args: argparse.Namespace) -> None:
     """Make the base model of a setting."""
     from cppo.results.run_folder import RunFolder
-    from cppo.tasks.types import read_problems
     from cppo.training.base_model import make_base
 
     config = _suite(args).base(args.setting)
-    problems = read_problems(Path(args.root) / config.data / "train.jsonl")
+    problems = _training_problems(args, config)
     folder = RunFolder(Path(args.root) / config.folder)
     with locked(folder.path):
         folder.check_numerics(restart=args.restart_outdated)
@@ -70,7 +84,6 @@ def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
     from cppo.models.load import load_tokenizer
     from cppo.results.run_folder import RunFolder
-    from cppo.tasks.types import read_problems
     from cppo.training.distributed import check_trackers, main_process
 
     suite, root = _suite(args), Path(args.root)
@@ -78,11 +91,9 @@ def train(args: argparse.Namespace) -> None:
     base_folder, folder = RunFolder(root / run.base.folder), RunFolder(root / run.folder)
     start = base_folder.checkpoint(0)
     if not start.is_dir():
-        command = f"cppo base --suite {args.suite} --setting {run.setting_name}"
-        raise ValueError(f"{start}: the base model is missing; `{command}{_root(args)}` makes it")
+        raise ValueError(f"{start}: the base model is missing; `{_command('base', args, run.setting_name)}` makes it")
     base_folder.check_numerics()
-    problems = read_problems(root / run.base.data / "train.jsonl")
-    problems = run.setting.task.short_enough(load_tokenizer(start), problems)
+    problems = run.setting.task.short_enough(load_tokenizer(start), _training_problems(args, run.base))
     with locked(folder.path) if main_process() else nullcontext():
         if main_process():
             folder.check_numerics(restart=args.restart_outdated)
@@ -107,8 +118,8 @@ def render(args: argparse.Namespace) -> None:
     run = suite.run(args.run)
     if run.setting.trainer != "verl":
         raise ValueError(
-            f"--run {args.run}: setting {run.setting_name} does not have trainer verl; `cppo train --suite {args.suite} "
-            f"--run {args.run}{_root(args)}` trains it"
+            f"--run {args.run}: setting {run.setting_name} does not have trainer verl, which alone is started by a command; "
+            "`cppo train` trains the run"
         )
     start = RunFolder(root / run.base.folder).checkpoint(0)
     resources = suite.resources_of(run.setting_name)
@@ -135,6 +146,7 @@ def runs(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Write the suite's tables to runs/<suite>/."""
     from cppo.results.tables import collect as write
+    from cppo.suite.suite import suite_name
 
     write(_suite(args), Path(args.root), Path(args.root) / suite_name(args.suite))
 
@@ -142,6 +154,7 @@ def collect(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> None:
     """Check a suite's tables and copy them, with the figures drawn from them, to results/<suite>/."""
     from cppo.results.tables import publish as copy
+    from cppo.suite.suite import suite_name
 
     name = suite_name(args.suite)
     target = Path(args.results) / name
@@ -165,6 +178,7 @@ def verify(args: argparse.Namespace) -> None:
     from cppo.numerics import NUMERICS_VERSION
     from cppo.results.audit import published_numerics
     from cppo.results.audit import verify as derive
+    from cppo.suite.suite import suite_name
 
     given = Path(args.suite)
     folder = given if given.is_dir() else Path(args.results) / suite_name(args.suite)
@@ -182,6 +196,8 @@ def verify(args: argparse.Namespace) -> None:
 
 def check_suite(args: argparse.Namespace) -> None:
     """Check a suite's file."""
+    from cppo.suite.suite import load_suite
+
     suite = load_suite(args.suite)
     print(f"{args.suite}: {len(suite.runs())} runs, {len(suite.bases())} base models")
 
@@ -189,6 +205,7 @@ def check_suite(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Estimate what a suite costs: jobs, tokens, GPU hours, disk."""
     from cppo.suite.cost import report
+    from cppo.suite.suite import load_suite, suite_name
 
     print(report(load_suite(args.suite), suite_name(args.suite), Path(args.results)), end="")
 
@@ -226,16 +243,30 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def schema(args: argparse.Namespace) -> None:
     """Print the JSON schema of a suite: every key with its type, default and meaning."""
+    from cppo.suite.suite import Suite
+
     print(json.dumps(Suite.model_json_schema(), indent=1))
 
 
-def _suite(args: argparse.Namespace) -> Suite:
+def _suite(args: argparse.Namespace) -> "Suite":
+    from cppo.suite.suite import load_suite
+
     return load_suite(args.suite, tuple(args.add_rule or ()))
 
 
-def _root(args: argparse.Namespace) -> str:
-    """How to repeat --root in a command, where it is not the default."""
-    return "" if args.root == ROOT else f" --root {shlex.quote(args.root)}"
+def _training_problems(args: argparse.Namespace, base: "BaseConfig") -> "tuple[Problem, ...]":
+    from cppo.tasks.types import TRAIN, read_problems
+
+    path = Path(args.root) / base.data / f"{TRAIN}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; `{_command('data', args, base.setting_name)}` makes it")
+    return read_problems(path)
+
+
+def _command(name: str, args: argparse.Namespace, setting_name: str) -> str:
+    """The command that makes what another one misses, with that one's suite and root."""
+    words = ["cppo", name, "--suite", args.suite, "--setting", setting_name]
+    return shlex.join(words if args.root == ROOT else [*words, "--root", args.root])
 
 
 ROOT, RESULTS = "runs", "results"

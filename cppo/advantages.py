@@ -55,8 +55,9 @@ def generalised_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation; all [B, T] -> (advantages, returns), both 0 outside the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma gae_lambda A_{t+1}, returns = A + V. Masked positions are skipped:
-    V and A are carried over them. After the last token V = 0: no bootstrap, also for truncated responses.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma gae_lambda A_{t+1}, returns = A + V. Positions outside the mask
+    are skipped: V and A are carried over them. After the last token V = 0: nothing is bootstrapped, not even for truncated
+    responses.
     Source: Schulman et al. (arXiv:1506.02438), with verl's treatment of masked positions.
     """
     advantages = torch.zeros_like(values)
@@ -130,23 +131,25 @@ class Estimator:
     """Whether it needs values, and also gives the returns that the critic is fitted to."""
 
     def __call__(self, outcomes: Outcomes) -> tuple[Tensor, Tensor | None]:
-        """(advantages, returns), each [B, T], 0 outside the mask; returns only with a critic.
+        """The function's (advantages, returns), each [B, T] and 0 outside the mask; without a critic, returns is None.
 
-        Raises ValueError for a result of another shape, or one that is not finite.
+        Raises ValueError for a result of another kind or shape, and for one that is not finite on a trained token.
         """
-        found = self.function(outcomes)
-        advantages, returns = found if isinstance(found, tuple) else (found, None)
-        shape = outcomes.mask.shape
-        if advantages.shape != shape or (returns is not None) != self.critic:
+        estimate = self.function(outcomes)
+        parts = estimate if isinstance(estimate, tuple) else (estimate,)
+        shapes = [tuple(part.shape) for part in parts]
+        if shapes != [tuple(outcomes.mask.shape)] * (2 if self.critic else 1):
+            expected = "(advantages, returns), each" if self.critic else "advantages"
             raise ValueError(
-                f"advantage {self.name}: expected {'(advantages, returns), each' if self.critic else 'advantages'} of shape "
-                f"{tuple(shape)}, got {tuple(advantages.shape)}"
+                f"advantage {self.name}: expected {expected} of shape {tuple(outcomes.mask.shape)}, got "
+                f"{' and '.join(map(str, shapes))}"
             )
+        advantages, *returns = (torch.where(outcomes.mask, part, 0) for part in parts)
         if not bool(advantages.isfinite().all()):
             raise ValueError(
                 f"advantage {self.name}: an advantage is not finite; unjudged rewards are NaN and must get 0"
             )
-        return torch.where(outcomes.mask, advantages, 0), returns
+        return advantages, returns[0] if returns else None
 
 
 _REGISTRY: Registry[Estimator] = Registry("advantage", "@advantages.register()")

@@ -1,6 +1,6 @@
-"""docs/objectives.md, written from docstrings: objectives, divergences, advantages, presets and laws on one page.
+"""The page docs/objectives.md, written from docstrings: objectives, divergences, advantages, presets and laws.
 
-`python -m cppo objectives --markdown > docs/objectives.md` renews it; a test fails while it is stale.
+`cppo objectives --markdown > docs/objectives.md` renews it; a test fails while it is stale.
 """
 
 import ast
@@ -22,30 +22,30 @@ from cppo.suite import presets
 
 HEADER = """# Objectives
 
-Generated from the docstrings by `python -m cppo objectives --markdown > docs/objectives.md`; do not edit.
+Generated from the docstrings by `cppo objectives --markdown > docs/objectives.md`; do not edit.
 Notation as in CONTRIBUTING.md. Every objective maximises the sum of gate x surrogate, divided as the aggregation says.
 """
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the sentence below it in the source, parents included; "" where there is none."""
-    found = {field.name: "" for field in dataclasses.fields(cls)}
+    """Field name -> the sentence below it in the source, those of parent classes too; "" where there is none."""
+    sentences = {field.name: "" for field in dataclasses.fields(cls)}
     for kind in reversed([k for k in cls.__mro__ if dataclasses.is_dataclass(k)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
         for item, below in itertools.pairwise(body):
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(below, ast.Expr):
-                found[item.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return found
+                sentences[item.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return sentences
 
 
 def listing() -> str:
     """Every registered objective for the terminal: what it is, its parameters with defaults and meaning."""
     lines = []
-    for found in map(spec, names()):
-        lines.append(f"{found.name}{_needs(found, '  (needs {})')}")
-        lines.append(textwrap.indent(inspect.getdoc(found.function) or "", "    "))
-        described = field_docs(found.params)
-        for field in dataclasses.fields(found.params):
+    for entry in map(spec, names()):
+        lines.append(f"{entry.name}{_needs(entry, '  (needs {})')}")
+        lines.append(textwrap.indent(inspect.getdoc(entry.function) or "", "    "))
+        described = field_docs(entry.params)
+        for field in dataclasses.fields(entry.params):
             lines.append(f"      {field.name} = {json.dumps(field.default)}  {described[field.name]}")
         lines.append("")
     return "\n".join(lines)
@@ -59,25 +59,28 @@ def markdown() -> str:
     parts += ["# Presets\n", _paragraphs(inspect.getdoc(presets)), _presets()]
     parts += [
         "# Laws\n",
-        "What `python -m cppo check my_module:my_objective` tries, and every objective above keeps.\n",
+        "`cppo check my_module:my_objective` tries these laws; every objective above keeps them.\n",
     ]
     parts.append("".join(f"- **{name}**: {_first_paragraph(law)}\n" for name, law in laws.LAWS.items()))
     return "\n".join(parts)
 
 
-def _objective(found: Spec) -> str:
-    text = [f"## {found.name}\n", _paragraphs(inspect.getdoc(found.function))]
-    text += [line for line in [_needs(found, "Needs {}.\n")] if line]
-    fields, hints, described = dataclasses.fields(found.params), _hints(found.params), field_docs(found.params)
+def _objective(entry: Spec) -> str:
+    """An objective's section: what it is, what it needs and shows, and its parameters."""
+    text = [f"## {entry.name}\n", _paragraphs(inspect.getdoc(entry.function))]
+    text += [line for line in [_needs(entry, "Needs {}.\n")] if line]
+    if entry.traces:
+        text.append(f"Shows {', '.join(f'`{trace}`' for trace in entry.traces)}.\n")
+    fields, hints, described = dataclasses.fields(entry.params), _hints(entry.params), field_docs(entry.params)
     if not fields:
         return "\n".join([*text, "No parameters.\n"])
     table = [(f"`{f.name}`", hints[f.name], f"`{json.dumps(f.default)}`", described[f.name]) for f in fields]
     return "\n".join([*text, _table(("parameter", "type", "default", "meaning"), table)])
 
 
-def _needs(found: Spec, text: str) -> str:
-    """What the objective needs with its defaults, put into `text`; nothing for none."""
-    needs = sorted(found.needs_of(found.params()))
+def _needs(entry: Spec, text: str) -> str:
+    """What the objective needs with its default parameters, put into `text`; nothing when it needs nothing."""
+    needs = sorted(entry.needs_of(entry.params()))
     return text.format("a " + " and a ".join(needs)) if needs else ""
 
 
@@ -95,13 +98,13 @@ def _hints(cls: type) -> dict[str, str]:
 
 def _functions(module: ModuleType) -> str:
     """The module's own public functions with the first paragraph of each."""
-    found = [f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
-    public = [f for f in found if not f.__name__.startswith("_")]
+    own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    public = [f for f in own if not f.__name__.startswith("_")]
     return "".join(f"- `{f.__name__}`: {_first_paragraph(f)}\n" for f in public)
 
 
 def _presets() -> str:
-    """A row a preset: its keys, and the comment above it in the source."""
+    """One row per preset: its keys, and the comment above it in the source."""
     notes = dict(re.findall(r'^    # (.+)\n    "(\w+)": ', inspect.getsource(presets), re.MULTILINE))
     notes = {name: sentence for sentence, name in notes.items()}
     table = []
@@ -128,6 +131,13 @@ def _first_paragraph(documented: Any) -> str:
 
 
 def _paragraphs(text: str | None) -> str:
-    """A docstring in markdown: blank lines kept, and a new paragraph for what begins with "Source" or "Difference"."""
+    """A docstring in markdown: blank lines are kept, an indented block is code, and what begins with "Source", "Difference"
+    or "Legend" is a paragraph of its own."""
     text = re.sub(r"\n(?=Sources?:|Differences? from|Legend:)", "\n\n", text or "")
-    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n") if part.strip()) + "\n"
+    return "\n\n".join(_paragraph(part) for part in text.split("\n\n") if part.strip()) + "\n"
+
+
+def _paragraph(part: str) -> str:
+    if all(line.startswith("    ") for line in part.splitlines()):
+        return f"```python\n{textwrap.dedent(part)}\n```"
+    return " ".join(part.split())

@@ -8,7 +8,17 @@ Imports neither matplotlib nor pandas: the workflow asks this before any job run
 from typing import Any
 
 TABLES = ("table1", "table2", "table3", "table4")
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7", "figure8")
+FIGURES = (
+    "figure1",
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure7",
+    "figure8",
+)
+"""Each is drawn by the script of its name, whose docstring begins with the caption."""
 
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "figure5": {
@@ -22,11 +32,14 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Estimate of the divergence": ("cppo", "cppo_binary", "dppo"),
     },
 }
-"""Panels of the ablation figures: title -> labels of the suite's objectives, in the order of the legend."""
+"""Panels of the ablation figures: title -> names of the suite's rules, in the order of the legend."""
+
+TRACES = {"figure3": ("weighted", "threshold", "prefix_threshold"), "figure7": ("delta_b",)}
+"""What a figure draws of the rules that show all of it (`Terms.traces`)."""
 
 
 def available(suite: dict[str, Any]) -> list[str]:
-    """The items that can be drawn from a suite (the contents of suite.json), tables first."""
+    """The items that can be drawn from a suite (`Suite.published`, the contents of suite.json), tables first."""
     return [item for item in (*TABLES, *FIGURES) if lacks(suite, item) is None]
 
 
@@ -43,30 +56,30 @@ def lacks(suite: dict[str, Any], item: str) -> str | None:
     if item not in (*TABLES, *FIGURES):
         raise ValueError(f"unknown item {item!r}; known: {', '.join((*TABLES, *FIGURES))}")
     if item in ABLATIONS and not panels(suite, item):
-        absent = sorted({label for row in ABLATIONS[item].values() for label in row} - set(_labels(suite)))
-        return f"no panel has all its objectives; the suite has none named {', '.join(absent)}"
-    if item == "figure3" and not cppo_labels(suite):
-        return "the suite has no run of objective cppo, whose tokens it shows"
-    if item == "figure7" and not budget_labels(suite):
-        return "the suite has no run of objective cppo with a prefix budget (delta_b)"
+        absent = sorted({rule for row in ABLATIONS[item].values() for rule in row} - set(_rules(suite)))
+        return f"no panel has all its rules; the suite has none named {', '.join(absent)}"
+    if item in TRACES and not showing(suite, item):
+        return f"no rule of the suite shows {', '.join(TRACES[item])} (Terms.traces)"
     return None
 
 
 def panels(suite: dict[str, Any], item: str) -> dict[str, tuple[str, ...]]:
-    """The ablation panels of which the suite has every objective."""
-    return {title: row for title, row in ABLATIONS[item].items() if set(row) <= set(_labels(suite))}
+    """The ablation panels of which the suite has every rule."""
+    return {title: row for title, row in ABLATIONS[item].items() if set(row) <= set(_rules(suite))}
 
 
-def cppo_labels(suite: dict[str, Any]) -> list[str]:
-    """Labels of the suite's runs of objective cppo."""
-    return [entry["name"] for entry in suite["objectives"] if entry["objective"] == "cppo"]
+def showing(suite: dict[str, Any], item: str) -> dict[str, list[str]]:
+    """Objective -> names of its rules that show all that the item draws (`TRACES`), in the order of the suite.
+
+    A trace that has the name of a parameter is not shown while that parameter is null.
+    """
+    rules: dict[str, list[str]] = {}
+    for entry in suite["rules"]:
+        shown = {trace for trace in entry["traces"] if entry["params"].get(trace, True) is not None}
+        if shown >= set(TRACES[item]):
+            rules.setdefault(entry["objective"], []).append(entry["name"])
+    return rules
 
 
-def budget_labels(suite: dict[str, Any]) -> list[str]:
-    """Those of them with a prefix budget (which is the objective's default)."""
-    off = {entry["name"] for entry in suite["objectives"] if entry.get("settings", {}).get("delta_b", 1) is None}
-    return [label for label in cppo_labels(suite) if label not in off]
-
-
-def _labels(suite: dict[str, Any]) -> list[str]:
-    return [entry["name"] for entry in suite["objectives"]]
+def _rules(suite: dict[str, Any]) -> list[str]:
+    return [entry["name"] for entry in suite["rules"]]

@@ -1,7 +1,7 @@
 """What every figure and table script shares: reading a results folder, looks and names, the command line, saving.
 
-A script is `main = script(__doc__, draw)` with `draw(results, out)`. Anything that a folder lacks is a `DataError`:
-one line naming file and column, exit code 2.
+A script is `main = script(__doc__, draw)` with `draw(results, out)`. Anything that a folder lacks is a `DataError`: one line
+that names file and column, and exit code 2.
 """
 
 import argparse
@@ -23,11 +23,10 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-TEXT = {"run", "label", "setting", "status", "benchmark", "problem", "token", "code_version"}
-"""Columns that are text whatever they hold (a token may read "1" or "NA"); all others must be numbers."""
+from cppo.results.columns import check_columns, parse_csv
 
 RANK_FROM = 5
-"""Seeds from which on intervals are bootstrapped and rules ranked; below, mean and min-max."""
+"""From this many seeds on, intervals are bootstrapped and rules are ranked; below, mean, minimum and maximum are shown."""
 
 
 class DataError(ValueError):
@@ -36,7 +35,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Look:
-    """How an objective appears, in every figure and table."""
+    """How a rule appears, in every figure and table."""
 
     name: str
     color: str
@@ -74,7 +73,7 @@ ACRONYMS = {"cppo", "drpo", "dppo", "gmpo", "grpo", "gspo", "kl", "pg", "ppo", "
 
 
 class Results:
-    """A folder of tables (`results/<suite>` or `runs/<suite>`), read once and checked for what is asked of it."""
+    """A folder of tables (`results/<suite>` or `runs/<suite>`), read once. Each table is checked for what is asked of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,46 +82,46 @@ class Results:
     @cached_property
     def suite(self) -> dict[str, Any]:
         """The contents of suite.json."""
-        path = self.folder / "suite.json"
+        suite = self._json("suite.json")
+        for key in ("seeds", "settings", "evaluation", "rules"):
+            if key not in suite:
+                raise DataError(f"{self.folder}/suite.json: missing key {key!r}")
+        return suite
+
+    @cached_property
+    def configs(self) -> dict[str, Any]:
+        """The contents of configs.json: run id -> resolved configuration."""
+        return self._json("configs.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         try:
-            suite = json.loads(path.read_text(encoding="utf-8"))
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; expected a folder of a suite's tables") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: not JSON: {error}") from None
-        for key in ("seeds", "settings", "evaluation", "objectives"):
-            if key not in suite:
-                raise DataError(f"{path}: missing key {key!r}")
-        return dict(suite)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: not a JSON object: {error}") from None
 
     @property
-    def labels(self) -> list[str]:
-        """The objectives' labels in row order, without base."""
-        return [entry["name"] for entry in self.suite["objectives"]]
+    def rules(self) -> list[str]:
+        """Names of the suite's rules in row order, without base."""
+        return [entry["name"] for entry in self.suite["rules"]]
 
     @property
     def ranked(self) -> bool:
         """Whether there are seeds enough to rank rules and bootstrap intervals."""
         return len(self.suite["seeds"]) >= RANK_FROM
 
-    def entry(self, label: str) -> dict[str, Any]:
-        """The suite's objective entry of that label."""
-        return dict(next(entry for entry in self.suite["objectives"] if entry["name"] == label))
+    def entry(self, rule: str) -> dict[str, Any]:
+        """What the suite says of that rule."""
+        return dict(next(entry for entry in self.suite["rules"] if entry["name"] == rule))
 
-    def params_of(self, label: str, setting: str) -> dict[str, Any]:
-        """An objective's settings in one setting of the suite, its defaults filled in where the objective is known."""
-        from dataclasses import asdict
-
-        from cppo.objectives import params_of
-
-        entry = self.entry(label)
-        given = {**entry.get("settings", {}), **entry.get("params_by_setting", {}).get(setting, {})}
-        if given.get("span") == "max_response_tokens":  # as a suite may say it; see cppo.suite.config
-            given["span"] = self.suite["settings"][setting]["rollout"]["max_response_tokens"]
-        try:
-            return asdict(params_of(entry["objective"], **given))
-        except ValueError:  # an objective of the user's whose module is not at hand
-            return given
+    def params_of(self, rule: str, setting: str) -> dict[str, Any]:
+        """The parameters that the rule's runs had in one setting, from their resolved configurations in configs.json."""
+        for config in self.configs.values():
+            if config["setting_name"] == setting and config.get("rule", {}).get("name") == rule:
+                return dict(config["rule"]["params"])
+        raise DataError(f"{self.folder}/configs.json: no run of {rule} in {setting!r}")
 
     def require(self, item: str) -> None:
         """DataError when the suite lacks what the item shows."""
@@ -131,55 +130,39 @@ class Results:
             raise DataError(f"{self.folder}/suite.json: {item} cannot be drawn: {lack}")
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
-        """<name>.csv with these columns; DataError when file, column or rows are missing or not numbers."""
+        """These columns of <name>.csv.
+
+        Raises DataError when the file, a column or every row is missing, or for text where a number is expected.
+        """
         path = self.folder / f"{name}.csv"
-        table = self._read(path)
-        for column in columns:
-            if column not in table:
-                raise DataError(f"{path}: no column {column!r}; it has {', '.join(table.columns)}")
+        try:
+            if name not in self._tables:
+                self._tables[name] = parse_csv(path)
+            table = self._tables[name]
+            check_columns(table, columns, path)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         if table.empty:
             raise DataError(f"{path}: no rows")
-        for column in columns:
-            if column not in TEXT and table[column].dtype == object:
-                table[column] = _numbers(table[column], path)
         return table[list(columns)]
 
-    def _read(self, path: Path) -> pd.DataFrame:
-        if path.name not in self._tables:
-            try:
-                self._tables[path.name] = pd.read_csv(path, dtype=object, keep_default_na=False)
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror}") from None
-            except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: not a CSV table: {str(error).splitlines()[0]}") from None
-        return self._tables[path.name]
-
-    def look(self, label: str) -> Look:
-        """Fixed for known labels; others get the next free colour in the order of the suite's rows."""
-        if label in LOOKS:
-            return LOOKS[label]
-        unknown = [name for name in self.labels if name not in LOOKS]
-        n = unknown.index(label)
-        words = label.replace("-", "_").split("_")
+    def look(self, rule: str) -> Look:
+        """Fixed for known rules; others get the next free colour in the order of the suite's rows."""
+        if rule in LOOKS:
+            return LOOKS[rule]
+        unknown = [name for name in self.rules if name not in LOOKS]
+        n = unknown.index(rule)
+        words = rule.replace("-", "_").split("_")
         name = " ".join(word.upper() if word in ACRONYMS else word for word in words)
         return Look(name, EXTRA[n % len(EXTRA)], EXTRA_MARKERS[n % len(EXTRA_MARKERS)])
 
-    def name(self, label: str) -> str:
-        """The label's display name."""
-        return self.look(label).name
+    def name(self, rule: str) -> str:
+        """The rule's display name."""
+        return self.look(rule).name
 
     def title(self, setting: str) -> str:
         """The setting's display name."""
         return str(self.suite["settings"][setting]["title"])
-
-
-def _numbers(column: "pd.Series[Any]", path: Path) -> "pd.Series[Any]":
-    """A column of text as floats; empty = NaN."""
-    numbers = pd.to_numeric(column.where(column != "", "nan"), errors="coerce").astype(float)
-    bad = column[numbers.isna() & ~column.str.lower().isin(["", "nan"])]
-    if len(bad):
-        raise DataError(f"{path}: column {column.name!r}: {bad.iloc[0]!r} is not a number")
-    return numbers
 
 
 def script(doc: str | None, draw: Callable[[Results, Path], None]) -> Callable[[Sequence[str] | None], int]:

@@ -40,8 +40,8 @@ def formulas(ax: Axes, results: Results) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.text(0, 1.0, "A token's update is kept if it moves the ratio towards 1,", va="top")
     ax.text(0, 0.94, r"$A_t\,(\rho_t-1)\leq 0$, or else if", va="top")
-    for top, (labels, formula, note) in zip((0.82, 0.55, 0.28), MASKS, strict=True):
-        color = results.look(labels[-1]).color
+    for top, (rules, formula, note) in zip((0.82, 0.55, 0.28), MASKS, strict=True):
+        color = results.look(rules[-1]).color
         ax.plot(
             [0, 0],
             [top - (0.27 if "\n" in note else 0.21), top],
@@ -50,7 +50,7 @@ def formulas(ax: Axes, results: Results) -> None:
             solid_capstyle="butt",
             clip_on=False,
         )
-        ax.text(0.04, top, " / ".join(results.name(label) for label in labels), va="top", color=color, weight="bold")
+        ax.text(0.04, top, " / ".join(results.name(rule) for rule in rules), va="top", color=color, weight="bold")
         ax.text(0.04, top - 0.07, formula, va="top", fontsize=10)
         ax.text(0.04, top - 0.155, note, va="top", fontsize=6.5, color="0.35", linespacing=1.6)
 
@@ -61,12 +61,12 @@ def draw(results: Results, out: Path) -> None:
     figure = canvas(height=3.6)
     left, right = figure.subplots(1, 2)
     formulas(left, results)
-    found = curves(results, setting)
-    validation(right, results, found, results.labels)
+    by_rule = curves(results, setting)
+    validation(right, results, by_rule, results.rules)
     right.set_title(f"{results.title(setting)}\n({band_note(results)})")
     right.set_ylabel(f"mean Avg@{results.suite['evaluation']['samples']} (%)")
-    lost = any(step is not None for curve in found.values() for step in curve.collapsed)
-    legend(figure, results, results.labels, lost)
+    lost = any(iteration is not None for curve in by_rule.values() for iteration in curve.collapsed)
+    legend(figure, results, results.rules, lost)
     save(figure, out, "figure1")
 
 

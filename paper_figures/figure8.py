@@ -1,4 +1,4 @@
-"""Figures 8 to 11: one file a setting. Top: each benchmark; bottom: training reward, response length, engine mismatch.
+"""Figures 8 to 11: one file per setting. Top: each benchmark; bottom: training reward, response length, engine mismatch.
 
     python paper_figures/figure8.py results/mini --out results/mini/figures      # figure8_<setting>.pdf
 
@@ -19,7 +19,7 @@ BOTTOM = {
     "response_length": "response length (tokens)",
     "relative_logprob_error": "relative log-prob error",
 }
-"""Columns of curves.csv and their axis labels."""
+"""Columns of curves.csv and their titles."""
 
 
 def draw(results: Results, out: Path) -> None:
@@ -34,30 +34,30 @@ def one(results: Results, setting: str, out: Path) -> None:
     figure = canvas(height=5.0)
     cells = math.lcm(len(names), len(BOTTOM))
     grid = figure.add_gridspec(2, cells)
-    found = curves(results, setting)
+    by_rule = curves(results, setting)
     k = results.suite["evaluation"]["samples"]
     for n, name in enumerate(names):
         width = cells // len(names)
         ax = figure.add_subplot(grid[0, n * width : (n + 1) * width])
-        validation(ax, results, found, results.labels, n)
+        validation(ax, results, by_rule, results.rules, n)
         ax.set_title(name)
         ax.set_ylabel(f"Avg@{k} (%)" if n == 0 else "")
     for n, (column, title) in enumerate(BOTTOM.items()):
         width = cells // len(BOTTOM)
         ax = figure.add_subplot(grid[1, n * width : (n + 1) * width])
-        for label in results.labels:
-            x, values, lost = training(results, setting, label, column)
+        for rule in results.rules:
+            x, values, lost = training(results, setting, rule, column)
             if column == "relative_logprob_error":
                 values = np.where(values > 0, values, np.nan)
-            band = spread(results, values, setting, label, column)
-            line(ax, x, values, results.look(label), band, lost, markers=False)
+            band = spread(results, values, setting, rule, column)
+            line(ax, x, values, results.look(rule), band, lost, markers=False)
         if column == "relative_logprob_error":
             ax.set_yscale("log")
         ax.set_title(title)
         iterations(ax)
-    any_lost = any(step is not None for curve in found.values() for step in curve.collapsed)
+    any_lost = any(iteration is not None for curve in by_rule.values() for iteration in curve.collapsed)
     figure.suptitle(f"{results.title(setting)} ({band_note(results)})")
-    legend(figure, results, results.labels, any_lost)
+    legend(figure, results, results.rules, any_lost)
     save(figure, out, f"figure8_{setting}")
 
 

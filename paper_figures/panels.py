@@ -53,22 +53,22 @@ def line(
 
 
 def validation(
-    ax: Axes, results: Results, found: dict[str, Curve], labels: Sequence[str], benchmark: int | None = None
+    ax: Axes, results: Results, by_rule: dict[str, Curve], rules: Sequence[str], benchmark: int | None = None
 ) -> None:
-    """Validation curves in percent of the labels, with bands and the base model's level."""
-    base = found["base"]
+    """Validation curves in percent of the rules, with bands and the base model's level."""
+    base = by_rule["base"]
     level = base.score if benchmark is None else base.by_benchmark[:, :, benchmark]
     ax.axhline(100 * float(level[0, 0]), color=results.look("base").color, linewidth=1, linestyle="--")
-    for label in labels:
-        curve = found[label]
+    for rule in rules:
+        curve = by_rule[rule]
         values = curve.score if benchmark is None else curve.by_benchmark[:, :, benchmark]
         low, high = curve.band(benchmark)
-        lost = [step is not None for step in curve.collapsed]
+        lost = [iteration is not None for iteration in curve.collapsed]
         line(
             ax,
-            curve.steps.astype(float),
+            curve.iterations.astype(float),
             100 * values,
-            results.look(label),
+            results.look(rule),
             (100 * low, 100 * high),
             lost,
             markers=True,
@@ -82,18 +82,18 @@ def iterations(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def training(results: Results, setting: str, label: str, column: str) -> tuple[Floats, Floats, list[bool]]:
+def training(results: Results, setting: str, rule: str, column: str) -> tuple[Floats, Floats, list[bool]]:
     """Iterations [N], a column of curves.csv [S, N] (NaN where missing), and which runs collapsed [S].
 
     Raises DataError for an iteration given twice, or a finished run without its last one.
     """
-    where = f"{results.folder}/curves.csv: {label} in {setting!r}"
-    table = results.table("curves", ("label", "setting", "seed", "iteration", column))
-    table = table[(table["setting"] == setting) & (table["label"] == label)]
+    where = f"{results.folder}/curves.csv: {rule} in {setting!r}"
+    table = results.table("curves", ("rule", "setting", "seed", "iteration", column))
+    table = table[(table["setting"] == setting) & (table["rule"] == rule)]
     if table.duplicated(["seed", "iteration"]).any():
         raise DataError(f"{where}: an iteration is given twice")
     stop = results.suite["settings"][setting]["iterations"]
-    seeds, collapsed = runs(results, setting, label)
+    seeds, collapsed = runs(results, setting, rule)
     ends = table.groupby("seed")["iteration"].max()
     for seed, lost in zip(seeds, collapsed, strict=True):
         if lost is None and ends.get(seed, 0) != stop:
@@ -118,10 +118,10 @@ def spread(results: Results, values: Floats, *axes: object) -> tuple[Floats, Flo
 
 
 def legend(
-    figure: Figure, results: Results, labels: Sequence[str], lost: bool = False, base: bool = True, markers: bool = True
+    figure: Figure, results: Results, rules: Sequence[str], lost: bool = False, base: bool = True, markers: bool = True
 ) -> None:
-    """The legend of all panels: the labels, the base model's level, and the cross when a run was `lost`."""
-    handles = [handle(results.look(label), markers) for label in labels]
+    """The legend of all panels: the rules, the base model's level, and the cross when a run was `lost`."""
+    handles = [handle(results.look(rule), markers) for rule in rules]
     if base:
         handles.append(Line2D([], [], color=results.look("base").color, linestyle="--", linewidth=1, label="Base"))
     legend_below(figure, [*handles, CROSS] if lost else handles)
@@ -133,7 +133,7 @@ def handle(look: Look, markers: bool, name: str | None = None) -> Line2D:
 
 
 def marks(look: Look) -> dict[str, Any]:
-    """The label's marker; a star looks smaller than it is."""
+    """The rule's marker; a star looks smaller than it is."""
     return {"marker": look.marker, "markersize": 6 if look.marker == "*" else 4}
 
 
@@ -146,19 +146,19 @@ def band_note(results: Results) -> str:
 
 
 def ablation(results: Results, item: str, out: Path) -> None:
-    """One row of ablation panels a setting (Figures 5 and 6)."""
+    """One row of ablation panels per setting (Figures 5 and 6)."""
     results.require(item)
     rows, settings = catalog.panels(results.suite, item), list(results.suite["settings"])
     figure = canvas(height=0.2 + 2.5 * len(settings))
     grid = figure.subplots(len(settings), len(rows), squeeze=False, sharex="row", sharey="row")
     for setting, axes in zip(settings, grid, strict=True):
-        found = curves(results, setting)
-        for ax, (title, labels) in zip(axes, rows.items(), strict=True):
-            validation(ax, results, found, labels)
+        by_rule = curves(results, setting)
+        for ax, (title, rules) in zip(axes, rows.items(), strict=True):
+            validation(ax, results, by_rule, rules)
             ax.set_title(title if len(settings) == 1 else f"{results.title(setting)}: {title.lower()}")
-            names = [_told_apart(results, label, setting, title == "Budget and weight") for label in labels]
-            handles = [handle(results.look(label), True, name) for label, name in zip(labels, names, strict=True)]
-            if any(step is not None for label in labels for step in found[label].collapsed):
+            names = [_told_apart(results, rule, setting, title == "Budget and weight") for rule in rules]
+            handles = [handle(results.look(rule), True, name) for rule, name in zip(rules, names, strict=True)]
+            if any(iteration is not None for rule in rules for iteration in by_rule[rule].collapsed):
                 handles.append(CROSS)
             ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.27), fontsize=7)
         axes[0].set_ylabel(f"mean Avg@{results.suite['evaluation']['samples']} (%)")
@@ -166,13 +166,13 @@ def ablation(results: Results, item: str, out: Path) -> None:
     save(figure, out, item)
 
 
-def _told_apart(results: Results, label: str, setting: str, values: bool) -> str:
+def _told_apart(results: Results, rule: str, setting: str, values: bool) -> str:
     """The name, with the settings that the panel varies when `values`."""
-    settings = results.params_of(label, setting) if values else {}
-    if "w_min" not in settings:
-        return results.name(label)
-    fixed = "" if settings["adaptive"] else ", fixed"
-    return f"CPPO $\\delta_b$ = {settings['delta_b']:g}{fixed}, $w_{{min}}$ = {settings['w_min']:g}"
+    params = results.params_of(rule, setting) if values else {}
+    if "w_min" not in params:
+        return results.name(rule)
+    fixed = "" if params["adaptive"] else ", fixed"
+    return f"CPPO $\\delta_b$ = {params['delta_b']:g}{fixed}, $w_{{min}}$ = {params['w_min']:g}"
 
 
 def _mean(values: Floats) -> Floats:

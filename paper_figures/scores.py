@@ -1,10 +1,9 @@
 """Scores of checkpoints as arrays: which is best, which is last, and how sure the mean over seeds is.
 
-Legend: S seeds, C checkpoints (the first is step 0, the base model that all runs share), P problems, N benchmarks.
+Legend: S seeds, C checkpoints (the first is iteration 0, the base model that all runs share), P problems, N benchmarks.
 Scores are shares in [0, 1]; the score of a checkpoint is the unweighted mean of its benchmarks' Avg@k.
 """
 
-import re
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from cppo import statistics
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-COLUMNS = ("run", "label", "setting", "seed", "step", "benchmark", "problem", "correct", "samples", "unjudged")
+COLUMNS = ("run", "rule", "setting", "seed", "iteration", "benchmark", "problem", "correct", "samples", "unjudged")
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Curve:
-    """All scored checkpoints of one objective in one setting."""
+    """All scored checkpoints of one rule in one setting."""
 
-    label: str
+    rule: str
     setting: str
     seeds: tuple[int, ...]
     collapsed: tuple[int | None, ...]
-    """[S], the step at which a run collapsed; None = it finished."""
-    steps: Ints
+    """[S], the iteration at which a run collapsed; None = it finished."""
+    iterations: Ints
     """[C]."""
     correct: Ints
     """[S, C, P]."""
@@ -92,7 +91,7 @@ class Curve:
         draws = statistics.hierarchical_bootstrap(
             self.correct[rows, index][:, own],
             self.judged[rows, index][:, own],
-            stream(self.setting, self.label, *index, benchmark),
+            stream(self.setting, self.rule, *index, benchmark),
             benchmark=self.benchmark[own],
             resamples=resamples,
         )
@@ -100,8 +99,8 @@ class Curve:
         return Summary(float(values.mean()), low, high, len(rows))
 
     def band(self, benchmark: int | None = None) -> tuple[Floats, Floats]:
-        """Lower and upper edge [C] around the mean over seeds; NaN from a run's collapse on."""
-        edges = np.full((2, len(self.steps)), np.nan)
+        """Lower and upper edge [C] around the mean over seeds; NaN after a run's collapse."""
+        edges = np.full((2, len(self.iterations)), np.nan)
         for c in np.flatnonzero(self.scored.all(axis=0)):
             at = self.summary(np.full(len(self.seeds), c), benchmark, resamples=400)
             edges[:, c] = at.low, at.high
@@ -119,7 +118,7 @@ def benchmarks(results: Results, setting: str) -> list[str]:
 
 
 def curves(results: Results, setting: str) -> dict[str, Curve]:
-    """Curves by label in the order of the suite's rows, base (its one checkpoint) first.
+    """Curves by rule in the order of the suite's rows, base (its one checkpoint) first.
 
     Raises DataError naming the file and what is missing, given twice or inconsistent with suite.json.
     """
@@ -133,9 +132,9 @@ def curves(results: Results, setting: str) -> dict[str, Curve]:
         raise DataError(
             f"{where}: run {row['run']} problem {row['problem']}: 0 <= correct <= samples - unjudged is violated"
         )
-    base = table[(table["label"] == "base") & (table["step"] == 0)]
+    base = table[(table["rule"] == "base") & (table["iteration"] == 0)]
     if base.empty:
-        raise DataError(f"{where}: no row of label 'base' at step 0 in setting {setting!r}")
+        raise DataError(f"{where}: no row of rule 'base' at iteration 0 in setting {setting!r}")
     names = benchmarks(results, setting)
     unknown = set(base["benchmark"]) - set(names)
     if unknown or set(names) - set(base["benchmark"]):
@@ -147,33 +146,35 @@ def curves(results: Results, setting: str) -> dict[str, Curve]:
     start = _arrays(base, [int(base["seed"].iloc[0])], [0], problems, where)
     benchmark = pd.Index(names).get_indexer(problems.get_level_values(0)).astype(np.int64)
     common: dict[str, Any] = {"setting": setting, "benchmark": benchmark, "bootstrap": results.ranked}
-    found = {"base": Curve("base", seeds=(0,), collapsed=(None,), steps=np.array([0]), **start, **common)}
-    for label in results.labels:
-        seeds, collapsed = runs(results, setting, label)
-        own = table[(table["label"] == label) & (table["step"] > 0)]
-        steps = sorted({int(step) for step in own["step"]})
-        arrays = _arrays(own, list(seeds), steps, problems, where)
+    by_rule = {"base": Curve("base", seeds=(0,), collapsed=(None,), iterations=np.array([0]), **start, **common)}
+    for rule in results.rules:
+        seeds, collapsed = runs(results, setting, rule)
+        own = table[(table["rule"] == rule) & (table["iteration"] > 0)]
+        iterations = sorted({int(iteration) for iteration in own["iteration"]})
+        arrays = _arrays(own, list(seeds), iterations, problems, where)
         arrays = {key: np.concatenate([np.repeat(start[key], len(seeds), 0), arrays[key]], axis=1) for key in start}
         stop = results.suite["settings"][setting]["iterations"]
         for seed, lost, scored in zip(seeds, collapsed, arrays["scored"], strict=True):
-            if lost is None and not (scored.all() and [0, *steps][-1] == stop):
-                raise DataError(f"{where}: {label} in {setting!r}, seed {seed}, finished but lacks a scored checkpoint")
-        found[label] = Curve(label, seeds=seeds, collapsed=collapsed, steps=np.array([0, *steps]), **arrays, **common)
-    return found
+            if lost is None and not (scored.all() and [0, *iterations][-1] == stop):
+                raise DataError(f"{where}: {rule} in {setting!r}, seed {seed}, finished but lacks a scored checkpoint")
+        by_rule[rule] = Curve(
+            rule, seeds=seeds, collapsed=collapsed, iterations=np.array([0, *iterations]), **arrays, **common
+        )
+    return by_rule
 
 
 def _arrays(
-    rows: pd.DataFrame, seeds: list[int], steps: list[int], problems: pd.MultiIndex, where: str
+    rows: pd.DataFrame, seeds: list[int], iterations: list[int], problems: pd.MultiIndex, where: str
 ) -> dict[str, Any]:
-    """correct and judged [S, C, P] and scored [S, C] of rows of one label."""
-    shape = len(seeds), len(steps), len(problems)
+    """correct and judged [S, C, P] and scored [S, C] of rows of one rule."""
+    shape = len(seeds), len(iterations), len(problems)
     keys = pd.MultiIndex.from_frame(rows[["benchmark", "problem"]]) if len(rows) else problems[:0]
     cells = (
         pd.Index(seeds).get_indexer(pd.Index(rows["seed"])),
-        pd.Index(steps).get_indexer(pd.Index(rows["step"])),
+        pd.Index(iterations).get_indexer(pd.Index(rows["iteration"])),
         problems.get_indexer(keys),
     )
-    for name, index in zip(("seed", "step", "problem"), cells, strict=True):
+    for name, index in zip(("seed", "iteration", "problem"), cells, strict=True):
         if (index < 0).any():
             row = rows.iloc[int(np.argmin(index))]
             raise DataError(f"{where}: run {row['run']}: {name} {row[name]} is not in the suite or has no base row")
@@ -187,25 +188,26 @@ def _arrays(
         counted = (
             f"{int((times[s, c] > 0).sum())} of {shape[2]} problems, {int((times[s, c] > 1).sum())} more than once"
         )
-        raise DataError(f"{where}: run {run} step {steps[c]}: {counted}")
+        raise DataError(f"{where}: run {run} iteration {iterations[c]}: {counted}")
     return {"correct": correct, "judged": judged, "scored": some}
 
 
-def runs(results: Results, setting: str, label: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-    """The suite's seeds and where each run of the label collapsed, from runs.csv."""
-    table = results.table("runs", ("run", "label", "setting", "seed", "status"))
-    table = table[(table["setting"] == setting) & (table["label"] == label)]
+def runs(results: Results, setting: str, rule: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """The suite's seeds and where each run of the rule collapsed, from runs.csv."""
+    table = results.table("runs", ("run", "rule", "setting", "seed", "status", "collapsed_at"))
+    table = table[(table["setting"] == setting) & (table["rule"] == rule)]
     seeds = tuple(int(seed) for seed in results.suite["seeds"])
     collapsed: list[int | None] = []
     for seed in seeds:
-        status = table.loc[table["seed"] == seed, "status"]
-        if len(status) != 1:
-            found = f"{len(status)} runs of {label} in {setting!r} with seed {seed}, expected 1"
-            raise DataError(f"{results.folder}/runs.csv: {found}")
-        match = re.fullmatch(r"finished|collapsed at step (\d+)", status.iloc[0])
-        if match is None:
+        rows = table[table["seed"] == seed]
+        if len(rows) != 1:
             raise DataError(
-                f"{results.folder}/runs.csv: column 'status': {status.iloc[0]!r} is neither finished nor collapsed"
+                f"{results.folder}/runs.csv: {len(rows)} runs of {rule} in {setting!r} with seed {seed}, expected 1"
             )
-        collapsed.append(int(match[1]) if match[1] else None)
+        status, at = rows[["status", "collapsed_at"]].iloc[0]
+        if status not in ("finished", "collapsed") or np.isfinite(at) != (status == "collapsed"):
+            raise DataError(
+                f"{results.folder}/runs.csv: column 'status': {status!r} is neither finished nor collapsed at an iteration"
+            )
+        collapsed.append(int(at) if status == "collapsed" else None)
     return seeds, tuple(collapsed)

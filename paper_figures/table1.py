@@ -1,10 +1,10 @@
-"""Table 1: best score in the window [0, T_stop] of each objective in each setting, and the score at T_stop beside it.
+"""Table 1: best score in the window [0, T_stop] of each rule in each setting, and the score at T_stop beside it.
 
     python paper_figures/table1.py results/mini --out results/mini/figures       # table1.csv, .md, .tex
 
 Best is the paper's number, each run's own best checkpoint; it gains from the number of checkpoints looked at. Final
 does not, so rules are compared on it too: from 5 seeds on with the probability of improvement over DPPO. A rule all of
-whose runs collapsed shows collapse@step instead of a best score, and its last scored checkpoint as final.
+whose runs collapsed shows collapse@iteration instead of a best score, and its last scored checkpoint as final.
 """
 
 import sys
@@ -22,26 +22,26 @@ AGAINST = "dppo"
 
 def draw(results: Results, out: Path) -> None:
     """Writes the table."""
-    settings, labels = list(results.suite["settings"]), ["base", *results.labels]
-    compared = results.ranked and AGAINST in results.labels
-    header = [("", "Method")]
-    rows: list[list[Cell | str]] = [[results.name(label)] for label in labels]
+    settings, rules = list(results.suite["settings"]), ["base", *results.rules]
+    compared = results.ranked and AGAINST in results.rules
+    header = [("", "Rule")]
+    rows: list[list[Cell | str]] = [[results.name(rule)] for rule in rules]
     records = []
     for setting in settings:
         header += [
             (results.title(setting), name)
             for name in ("best", "final", f"P(> {results.name(AGAINST)})")[: 2 + compared]
         ]
-        found = curves(results, setting)
-        rivals = [label for label in results.labels if not collapses(found[label])] if results.ranked else []
-        best = marks({label: found[label].at(found[label].best).mean() for label in rivals})
-        final = marks({label: found[label].at(found[label].final).mean() for label in rivals})
-        for row, label in zip(rows, labels, strict=True):
-            curve = found[label]
+        by_rule = curves(results, setting)
+        rivals = [rule for rule in results.rules if not collapses(by_rule[rule])] if results.ranked else []
+        best = marks({rule: by_rule[rule].at(by_rule[rule].best).mean() for rule in rivals})
+        final = marks({rule: by_rule[rule].at(by_rule[rule].final).mean() for rule in rivals})
+        for row, rule in zip(rows, rules, strict=True):
+            curve = by_rule[rule]
             top, last = curve.summary(curve.best), curve.summary(curve.final)
-            row.append(collapse_at(curve) if lost(curve) else score_cell(top, curve, best.get(label, "")))
-            row.append(score_cell(last, curve, final.get(label, "")))
-            other = found[AGAINST] if compared and label not in ("base", AGAINST) else None
+            row.append(collapse_at(curve) if lost(curve) else score_cell(top, curve, best.get(rule, "")))
+            row.append(score_cell(last, curve, final.get(rule, "")))
+            other = by_rule[AGAINST] if compared and rule not in ("base", AGAINST) else None
             if compared:
                 row.append(improvement(curve, other, "final")[0])
             records.append(record(curve, top, last, other))
@@ -54,8 +54,8 @@ def improvement(curve: Curve, other: Curve | None, which: str) -> tuple[str, lis
         return "–", [None, None, None]
     a, b = (c.at(getattr(c, which)) for c in (curve, other))
     if which == "final":  # a collapsed run has no policy at T_stop: it loses to every run that finished
-        a, b = (np.where([step is None for step in c.collapsed], x, -1) for c, x in ((curve, a), (other, b)))
-    draws = statistics.improvement_bootstrap(a, b, stream(curve.setting, curve.label, "improvement", which))
+        a, b = (np.where([iteration is None for iteration in c.collapsed], x, -1) for c, x in ((curve, a), (other, b)))
+    draws = statistics.improvement_bootstrap(a, b, stream(curve.setting, curve.rule, "improvement", which))
     p, (low, high) = statistics.probability_of_improvement(a, b), statistics.interval(draws)
     return f"{p:.2f} [{low:.2f}, {high:.2f}]", [p, low, high]
 
@@ -64,14 +64,14 @@ def record(curve: Curve, top: Summary, last: Summary, other: Curve | None) -> di
     """The CSV's row; best and final also for a rule that collapsed."""
     row: dict[str, object] = {
         "setting": curve.setting,
-        "label": curve.label,
+        "rule": curve.rule,
         "seeds": len(curve.seeds),
         "collapsed": len(collapses(curve)),
-        "collapse_steps": " ".join(str(step) for step in collapses(curve)),
+        "collapse_iterations": " ".join(str(iteration) for iteration in collapses(curve)),
         **percent(top, "best"),
-        "best_steps": " ".join(str(step) for step in curve.steps[curve.best]),
+        "best_iterations": " ".join(str(iteration) for iteration in curve.iterations[curve.best]),
         **percent(last, "final"),
-        "final_steps": " ".join(str(step) for step in curve.steps[curve.final]),
+        "final_iterations": " ".join(str(iteration) for iteration in curve.iterations[curve.final]),
     }
     for which in ("best", "final"):
         values = improvement(curve, other, which)[1]

@@ -1,4 +1,4 @@
-"""Table 2: what each objective of the suite measures, and to what its constraint applies.
+"""Table 2: what each rule of the suite measures, and to what its constraint applies.
 
     python paper_figures/table2.py results/mini --out results/mini/figures       # table2.csv, .md, .tex
 
@@ -41,14 +41,14 @@ SHOWN = (
     ),
     *("w_min", "delta_b", "adaptive", "shuffle", "span"),
 )
-"""Settings listed where they are on."""
+"""Parameters of the rules above that are listed where they are on; of any other rule all are."""
 
 
 def draw(results: Results, out: Path) -> None:
     """Writes the table."""
-    records = [{"label": label, **facts(results, label)} for label in results.labels]
-    header = [("", name) for name in ("Method", "Statistic", "Constraint applies to", "Beyond it", "Settings")]
-    rows = [[results.name(record["label"]), *list(record.values())[2:]] for record in records]
+    records = [{"rule": rule, **facts(results, rule)} for rule in results.rules]
+    header = [("", name) for name in ("Rule", "Statistic", "Constraint applies to", "Beyond it", "Parameters")]
+    rows = [[results.name(record["rule"]), *list(record.values())[2:]] for record in records]
     caption = (
         "What each rule measures and where its constraint applies. Divergence rules always keep an update that moves "
         "the ratio towards 1. Values that differ between settings are joined by a slash, in Table 3's order."
@@ -56,10 +56,10 @@ def draw(results: Results, out: Path) -> None:
     write(out, "table2", caption, header, rows, records)
 
 
-def facts(results: Results, label: str) -> dict[str, str]:
-    """The row of one objective."""
-    entry = results.entry(label)
-    each = [results.params_of(label, setting) for setting in results.suite["settings"]]
+def facts(results: Results, rule: str) -> dict[str, str]:
+    """The row of one rule."""
+    entry = results.entry(rule)
+    each = [results.params_of(rule, setting) for setting in results.suite["settings"]]
     words = {"divergence": divergence(entry.get("divergence"))}
     if entry["objective"] == "cppo":
         words |= cppo_words(each[0])
@@ -68,31 +68,33 @@ def facts(results: Results, label: str) -> dict[str, str]:
     known = FACTS.get(entry["objective"], ("its own", "its own", "its own"))
     keys = ("statistic", "applies_to", "beyond")
     texts = {key: text.format_map(words) for key, text in zip(keys, known, strict=True)}
-    names = [name for name in SHOWN if any(settings.get(name) not in (None, False) for settings in each)]
+    listed = SHOWN if entry["objective"] in FACTS else dict.fromkeys(name for params in each for name in params)
+    names = [name for name in listed if any(params.get(name) not in (None, False) for params in each)]
     if "delta_b" not in names:
         names = [name for name in names if name != "adaptive"]
     values = (f"{name} {'/'.join(dict.fromkeys(_number(s.get(name)) for s in each))}" for name in names)
     shown = ", ".join(value.removesuffix(" yes") for value in values)
-    return {"objective": entry["objective"], **texts, "settings": shown}
+    return {"objective": entry["objective"], **texts, "params": shown}
 
 
 def divergence(given: dict[str, Any] | None) -> str:
     """The estimator in words."""
     if given is None:
         return "a divergence"
-    estimator = {"binary": "Binary", "exact": "exact", "top_k": f"Top-{given.get('k')}"}[given["estimator"]]
+    known = {"binary": "Binary", "exact": "exact", "top_k": f"Top-{given.get('k')}"}
+    estimator = known.get(given["estimator"], given["estimator"].split(":")[-1])
     return f"{estimator} {given['kind'].upper()} from μ"
 
 
-def cppo_words(settings: dict[str, Any]) -> dict[str, str]:
+def cppo_words(params: dict[str, Any]) -> dict[str, str]:
     """CPPO's parts that are on."""
-    weighted, budget = settings.get("w_min", 1) < 1, settings.get("delta_b") is not None
+    weighted, budget = params.get("w_min", 1) < 1, params.get("delta_b") is not None
     by = [text for text, on in (("position", weighted), ("prefix", budget)) if on]
     return {
         "weight": "weighted " if weighted else "",
         "prefix": " and its sum over the prefix" if budget else "",
         "where": f"threshold by {' and '.join(by)}" if by else "one threshold",
-        "action": "scaled down" if settings.get("soft") else "dropped",
+        "action": "scaled down" if params.get("soft") else "dropped",
     }
 
 

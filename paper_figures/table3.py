@@ -1,4 +1,4 @@
-"""Table 3: the settings: rollout plan, and CPPO's thresholds in each.
+"""Table 3: the settings: rollouts and updates, and CPPO's thresholds in each.
 
     python paper_figures/table3.py results/mini --out results/mini/figures       # table3.csv, .md, .tex
 
@@ -34,39 +34,39 @@ def draw(results: Results, out: Path) -> None:
     records = [{"setting": setting, **row(results, setting)} for setting in results.suite["settings"]]
     cells = [[_text(record[key]) for key in HEADS] for record in records]
     caption = (
-        "Settings: prompts a rollout, responses a prompt, prompts a minibatch, optimiser steps a rollout, longest "
-        "response; CPPO's threshold, prefix budget a token (adaptive: its floor) and last weight; iterations."
+        "Settings: prompts per rollout, responses per prompt, prompts per minibatch, optimiser steps per rollout, longest "
+        "response; CPPO's threshold, prefix budget per token (adaptive: its floor) and last weight; iterations."
     )
     write(out, "table3", caption, [("", head) for head in HEADS.values()], cells, records)
 
 
 def row(results: Results, setting: str) -> dict[str, Any]:
     """One setting's values by column."""
-    plan = results.suite["settings"][setting]
-    rollout = plan["rollout"]
-    rule = thresholds(results, setting)
+    resolved = results.suite["settings"][setting]
+    rollout = resolved["rollout"]
+    params = thresholds(results, setting)
     return {
-        "model": plan["title"],
+        "model": resolved["title"],
         "prompts_per_rollout": rollout["prompts"],
         "responses_per_prompt": rollout["responses"],
         "minibatch": rollout["minibatch"],
         "updates_per_rollout": rollout["prompts"] // rollout["minibatch"],
         "max_response_tokens": rollout["max_response_tokens"],
-        "delta": rule.get("delta"),
-        "delta_b_min": rule.get("delta_b"),
-        "w_min": rule.get("w_min"),
-        "adaptive_budget": rule.get("adaptive"),
-        "t_stop": plan["iterations"],
+        "delta": params.get("delta"),
+        "delta_b_min": params.get("delta_b"),
+        "w_min": params.get("w_min"),
+        "adaptive_budget": params.get("adaptive"),
+        "t_stop": resolved["iterations"],
     }
 
 
 def thresholds(results: Results, setting: str) -> dict[str, Any]:
     """The settings of the suite's main CPPO entry, else of its DPPO entry, else nothing."""
-    entries = results.suite["objectives"]
+    entries = results.suite["rules"]
     for objective in ("cppo", "dppo"):
-        labels = [entry["name"] for entry in entries if entry["objective"] == objective]
-        if labels:
-            return results.params_of(objective if objective in labels else labels[0], setting)
+        rules = [entry["name"] for entry in entries if entry["objective"] == objective]
+        if rules:
+            return results.params_of(objective if objective in rules else rules[0], setting)
     return {}
 
 

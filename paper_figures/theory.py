@@ -21,7 +21,7 @@ import torch
 from common import LOOKS, canvas, save
 from matplotlib.lines import Line2D
 
-from cppo import theory
+from cppo import theory, theory_search
 
 DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
 """The paper's Table 3 for a dense Base model; |R| <= 1."""
@@ -41,9 +41,9 @@ def measure(horizons: Sequence[int] = HORIZONS, steps: int = 40, samples: int = 
     rows = []
     for horizon in horizons:
         vocabularies = [v for v in (2, 3) if v**horizon <= LARGEST]
-        given = theory.set_claims(horizon, DELTA, DELTA_B, W_MIN)
+        given = theory_search.set_claims(horizon, DELTA, DELTA_B, W_MIN)
         rows += [_row(horizon, name, claim, SEEDS, vocabularies, steps, samples) for name, claim in given.items()]
-        free = theory.sharp_claims(horizon, W_MIN)
+        free = theory_search.sharp_claims(horizon, W_MIN)
         rows += [_row(horizon, name, claim, SEEDS[:1], [2], steps, samples, True) for name, claim in free.items()]
     return rows
 
@@ -51,7 +51,7 @@ def measure(horizons: Sequence[int] = HORIZONS, steps: int = 40, samples: int = 
 def _row(
     horizon: int,
     name: str,
-    claim: theory.Claim,
+    claim: theory_search.Claim,
     seeds: Sequence[int],
     vocabularies: Sequence[int],
     steps: int,
@@ -63,8 +63,8 @@ def _row(
     for vocabulary in vocabularies:
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            drawn.append(theory.best(claim, theory.random_pair(samples, vocabulary, horizon, generator)))
-            found.append(theory.search(claim, vocabulary, horizon, generator, restarts=8, steps=steps))
+            drawn.append(theory_search.best(claim, theory.random_pair(samples, vocabulary, horizon, generator)))
+            found.append(theory_search.search(claim, vocabulary, horizon, generator, restarts=8, steps=steps))
     random, largest = (max(finds, key=lambda f: f.ratio) for finds in (drawn, [*drawn, *found]))
     return {
         "T": horizon,

@@ -136,7 +136,7 @@ def marks(means: Mapping[str, float]) -> dict[str, Mark]:
 
 def collapses(curve: Curve) -> list[int]:
     """Steps at which runs collapsed, sorted."""
-    return sorted(step for step in curve.collapsed if step is not None)
+    return sorted(iteration for iteration in curve.collapsed if iteration is not None)
 
 
 def lost(curve: Curve) -> bool:
@@ -146,7 +146,7 @@ def lost(curve: Curve) -> bool:
 
 def collapse_at(curve: Curve) -> str:
     """The paper's entry for a rule that always collapsed: collapse@k."""
-    return "collapse@" + ", ".join(str(step) for step in sorted(set(collapses(curve))))
+    return "collapse@" + ", ".join(str(iteration) for iteration in sorted(set(collapses(curve))))
 
 
 def score_cell(summary: Summary, curve: Curve | None, mark: Mark) -> Cell:

@@ -26,11 +26,14 @@ PROCESSES = 2
 
 DIVERGENCE_RULES, RATIO, PREFIX = "objectives/divergence.py", "objectives/ratio.py", "objectives/prefix.py"
 SEQUENCE, SMOOTH, REGISTRY, TYPES = (f"objectives/{name}.py" for name in ("sequence", "smooth", "registry", "types"))
-DIVERGENCES, LOSS, ADVANTAGES, POLICY = "divergences.py", "loss.py", "advantages.py", "policy.py"
+DIVERGENCES, LOSS, ADVANTAGES, LOGPROBS = "divergences.py", "loss.py", "advantages.py", "models/logprobs.py"
 
-VECTORS, RULES, DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, CONFORMANCE, POLICY_TESTS = (
-    f"test_{name}.py"
-    for name in ("vectors", "objectives", "divergences", "loss", "advantages", "conformance", "policy")
+VECTORS, RULES, CONFORMANCE, GOLDEN = (f"test_{name}.py" for name in ("vectors", "objectives", "conformance", "golden"))
+DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, MODEL_TESTS = (
+    f"test_{name}.py" for name in ("divergences", "loss", "advantages", "models")
+)
+STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS, THEORY_TESTS = (
+    f"test_{name}.py" for name in ("statistics", "plugins", "config", "theory")
 )
 
 
@@ -68,11 +71,24 @@ MUTANTS = (
            "valid.nanquantile(cfg.quantile, dim=-1)", "valid.nanquantile(0.5, dim=-1)", VECTORS),
     Mutant("cppo: padding enters the quantile", DIVERGENCE_RULES,
            "valid = torch.where(mask, divergence, torch.nan)", "valid = torch.where(mask, divergence, 0)", RULES),
-    Mutant("cppo: weights rise", DIVERGENCE_RULES, "fraction = (position - 1)", "fraction = (length - position)", VECTORS),
+    Mutant("cppo: weights rise", DIVERGENCE_RULES, "fraction = (position - 1)", "fraction = (torch.as_tensor(span) - position)",
+           VECTORS),
     Mutant("cppo: width instead of own length", DIVERGENCE_RULES,
            "length = mask.sum(-1, keepdim=True)", "length = torch.full_like(mask[:, :1], mask.shape[1], dtype=torch.int64)",
            VECTORS),
-    Mutant("cppo: T instead of T - 1", DIVERGENCE_RULES, "/ (span - 1).clamp(min=1)", "/ span", VECTORS),
+    Mutant("cppo: T instead of T - 1", DIVERGENCE_RULES, "/ (torch.as_tensor(span) - 1).clamp(min=1)",
+           "/ torch.as_tensor(span)", VECTORS),
+    Mutant("cppo: weights fall on beyond the span", DIVERGENCE_RULES, "fraction.clamp(max=1)", "fraction", RULES),
+    Mutant("cppo: one weight for a span of one", DIVERGENCE_RULES, "(torch.as_tensor(span) - 1).clamp(min=1)",
+           "(torch.as_tensor(span) - 1)", RULES),
+    Mutant("cppo: shows D instead of w D", DIVERGENCE_RULES, '"weighted": sums.weighted,',
+           '"weighted": sums.threshold,', GOLDEN),
+    Mutant("cppo: shows the uncapped threshold twice", DIVERGENCE_RULES, '"threshold": sums.threshold,',
+           '"threshold": cfg.delta + sums.allowed - sums.used,', LOSS_TESTS),
+    Mutant("cppo: shows a budget where there is none", DIVERGENCE_RULES,
+           '    if cfg.delta_b is not None:\n        traces["delta_b"]', '    if True:\n        traces["delta_b"]', LOSS_TESTS),
+    Mutant("cppo: a shuffle declares no position", DIVERGENCE_RULES,
+           '("divergence", "position") if cfg.shuffle else ("divergence",)', '("divergence",)', LOSS_TESTS),
     Mutant("cppo: columns instead of positions", DIVERGENCE_RULES, "position = mask.cumsum(-1)",
            "position = torch.arange(1, mask.shape[1] + 1).expand_as(mask)", CONFORMANCE),
     Mutant("cppo: no ceiling of delta_b", DIVERGENCE_RULES,
@@ -157,7 +173,7 @@ MUTANTS = (
     Mutant("divergence in half precision", DIVERGENCES, "return x if x.dtype == torch.float64 else x.float()", "return x",
            DIVERGENCE_TESTS),
     # The reduction.
-    Mutant("loss not negated", LOSS, "per_token = -terms.gate", "per_token = terms.gate", VECTORS),
+    Mutant("loss not negated", LOSS, "torch.where(mask, -terms.gate", "torch.where(mask, terms.gate", VECTORS),
     Mutant("gate ignored", LOSS, "-terms.gate * terms.surrogate", "-terms.surrogate", VECTORS),
     Mutant("denominator counts the width", LOSS, "else length.sum())", "else mask.numel())", VECTORS),
     Mutant("seq-mean counts empty rows", LOSS, "(length > 0).sum()", "len(length)", LOSS_TESTS),
@@ -179,12 +195,15 @@ MUTANTS = (
     Mutant("grpo: biased deviation", ADVANTAGES, "(count - 1).clamp(min=1)\n        centred",
            "count.clamp(min=1)\n        centred", ADVANTAGE_TESTS),
     Mutant("grpo: no epsilon", ADVANTAGES, "EPSILON = 1e-6", "EPSILON = 0.0", ADVANTAGE_TESTS),
-    Mutant("dr_grpo divided by the deviation", ADVANTAGES, 'std=name == "grpo"', "std=True", ADVANTAGE_TESTS),
+    Mutant("dr_grpo divided by the deviation", ADVANTAGES,
+           '2503.20783)."""\n    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=False))',
+           '2503.20783)."""\n    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=True))',
+           ADVANTAGE_TESTS),
     Mutant("unjudged rewards enter the mean as 0", ADVANTAGES, "count = judged.sum(-1, keepdim=True)", "count = group",
            ADVANTAGE_TESTS),
-    Mutant("rloo: no factor", ADVANTAGES, "return (factor * group_relative", "return (group_relative", ADVANTAGE_TESTS),
-    Mutant("rloo: G over G", ADVANTAGES, "/ (count - 1).clamp(min=1)\n    return (factor",
-           "/ count.clamp(min=1)\n    return (factor", ADVANTAGE_TESTS),
+    Mutant("rloo: no factor", ADVANTAGES, "on_tokens((factor * centred)", "on_tokens((centred)", ADVANTAGE_TESTS),
+    Mutant("rloo: G over G", ADVANTAGES, "outcomes.rewards.dtype) / (count - 1).clamp(min=1)",
+           "outcomes.rewards.dtype) / count.clamp(min=1)", ADVANTAGE_TESTS),
     Mutant("gpg: counts zeros", ADVANTAGES, "((rewards != 0) & judged)", "judged", ADVANTAGE_TESTS),
     Mutant("gae without lambda", ADVANTAGES, "delta + gamma * gae_lambda * next_advantage", "delta + gamma * next_advantage",
            ADVANTAGE_TESTS),
@@ -196,16 +215,71 @@ MUTANTS = (
     Mutant("whitening over padding", ADVANTAGES, "count = mask.sum()\n", "count = torch.tensor(mask.numel())\n",
            ADVANTAGE_TESTS),
     Mutant("reward at the first token", ADVANTAGES, "(order == order[:, -1:])", "(order == 1)", ADVANTAGE_TESTS),
-    # Statistics of tokens.
-    Mutant("statistics: no temperature in the gradient", POLICY, "            to_logits.div_(ctx.temperature)\n", "",
-           POLICY_TESTS),
-    Mutant("statistics: the head's gradient is the last chunk's", POLICY,
+    Mutant("gae ignores the discount", ADVANTAGES, "outcomes.mask, outcomes.gamma, outcomes.gae_lambda",
+           "outcomes.mask, 1.0, outcomes.gae_lambda", ADVANTAGE_TESTS),
+    Mutant("gae whitened over unjudged rows too", ADVANTAGES, "whiten(raw, outcomes.judged)", "whiten(raw, outcomes.mask)",
+           ADVANTAGE_TESTS),
+    Mutant("advantages outside the mask", ADVANTAGES, "(torch.where(outcomes.mask, part, 0) for part in parts)",
+           "parts", ADVANTAGE_TESTS),
+    Mutant("advantages of any shape", ADVANTAGES, "if shapes != [", "if False and shapes != [", ADVANTAGE_TESTS),
+    Mutant("advantages that are not finite", ADVANTAGES, "if not bool(advantages.isfinite().all()):", "if False:",
+           ADVANTAGE_TESTS),
+    # The registries: needs, traces, estimators.
+    Mutant("a missing need is not refused", REGISTRY, "if getattr(tokens, need) is None:", "if False:", LOSS_TESTS),
+    Mutant("unknown needs are registered", REGISTRY, "if not callable(fixed) and not set(fixed) <= NEEDS.keys():", "if False:",
+           LOSS_TESTS),
+    Mutant("undeclared traces are shown", REGISTRY, "if name not in self.spec.traces:", "if False:", LOSS_TESTS),
+    Mutant("traces of any shape", REGISTRY, "if trace.shape not in (mask.shape, mask.shape[:1]):", "if False:", LOSS_TESTS),
+    Mutant("terms of any shape", REGISTRY, "            if shape != mask.shape:", "            if False:", LOSS_TESTS),
+    Mutant("traces with a gradient", REGISTRY, "else rows, trace.detach(), 0)", "else rows, trace, 0)", LOSS_TESTS),
+    Mutant("traces outside the mask", REGISTRY, "torch.where(mask if trace.dim() == 2 else rows, trace.detach(), 0)",
+           "trace.detach()", LOSS_TESTS),
+    Mutant("traces of empty responses", REGISTRY, "mask if trace.dim() == 2 else rows,",
+           "mask if trace.dim() == 2 else torch.ones_like(rows),", LOSS_TESTS),
+    Mutant("a trace's mean over all rows", LOSS, "rows = float(tokens.mask.any(-1).sum())", "rows = float(len(tokens.mask))",
+           LOSS_TESTS),
+    Mutant("traces by token as metrics", LOSS, "if trace.dim() == 1}", "}", LOSS_TESTS),
+    Mutant("a component over the whole denominator", LOSS, "    if denominator is None:\n        denominator = max(",
+           "    if True:\n        denominator = max(", LOSS_TESTS),
+    Mutant("a loss a thousandth too large", LOSS, "else total / denominator", "else 1.001 * total / denominator", GOLDEN),
+    Mutant("estimators with a gradient", DIVERGENCES, "self.function(seen, kind, **options).detach()",
+           "self.function(seen, kind, **options)", DIVERGENCE_TESTS),
+    Mutant("divergences of any shape", DIVERGENCES, ".shape != seen.logp.shape:", ".shape == ():", DIVERGENCE_TESTS),
+    Mutant("pi and mu swapped for top_k", DIVERGENCES, "        seen.topk_logp,\n        seen.rollout_topk_logp,",
+           "        seen.rollout_topk_logp,\n        seen.topk_logp,", DIVERGENCE_TESTS),
+    Mutant("pi and mu swapped for binary", DIVERGENCES, "return binary(seen.logp, seen.rollout_logp, kind)",
+           "return binary(seen.rollout_logp, seen.logp, kind)", DIVERGENCE_TESTS),
+    Mutant("pi and mu swapped in what was recorded", "training/batches.py", "topk_logp=now.topk_logp,",
+           "topk_logp=part.topk_logp,", GOLDEN),
+    Mutant("the option of an estimator is lost", "training/batches.py",
+           '{} if divergence.support is None else {"support": divergence.support}', "{}", GOLDEN),
+    Mutant("sampled-token losses with missing needs", "integrations/__init__.py",
+           "sorted(rule.objective.needs - {\"divergence\"})", "sorted(set())", LOSS_TESTS),
+    Mutant("a module's comments count", "system/plugins.py", "node.body = statements or [ast.Pass()]", "pass", PLUGIN_TESTS),
+    Mutant("a module's code does not count", "system/plugins.py", "ast.unparse(tree).encode()", "b''", PLUGIN_TESTS),
+    Mutant("a later key is always hashed", "suite/schema.py",
+           "LATER in field.metadata and here == field.get_default(call_default_factory=True)", "False", CONFIG_TESTS),
+    Mutant("a later key is never hashed", "suite/schema.py",
+           "LATER in field.metadata and here == field.get_default(call_default_factory=True)", "LATER in field.metadata",
+           CONFIG_TESTS),
+    # Scores and the paper's constants.
+    Mutant("scores weighted by a benchmark's size", "statistics.py",
+           "by_benchmark(correct, samples, benchmark).mean(axis=-1)", "by_benchmark(correct, samples).mean(axis=-1)",
+           STATISTICS_TESTS),
+    Mutant("unjudged problems count as wrong", "statistics.py", "known = (judged > 0) @", "known = np.ones_like(judged) @",
+           STATISTICS_TESTS),
+    Mutant("theory: W with its own token", "theory.py", "weights.cumsum(-1)[:-1], (1, 0)", "weights.cumsum(-1)[1:], (1, 0)",
+           THEORY_TESTS),
+    # Log-probabilities of tokens.
+    Mutant("statistics: no temperature in the gradient", LOGPROBS, "            to_logits.div_(ctx.temperature)\n", "",
+           MODEL_TESTS),
+    Mutant("statistics: the head's gradient is the last chunk's", LOGPROBS,
            "to_head.addmm_(to_logits.T, hidden[part].float())", "to_head.copy_(to_logits.T @ hidden[part].float())",
-           POLICY_TESTS),
-    Mutant("statistics: entropy of the wrong sign", POLICY, "-logp.exp().mul_(logp).sum(-1)", "logp.exp().mul_(logp).sum(-1)",
-           POLICY_TESTS),
-    Mutant("statistics: logits in the model's precision", POLICY, "torch.nn.functional.linear(hidden.float(), head)",
-           "torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()", POLICY_TESTS),
+           MODEL_TESTS),
+    Mutant("statistics: entropy of the wrong sign", LOGPROBS, "-logp.exp().mul_(logp).sum(-1)", "logp.exp().mul_(logp).sum(-1)",
+           MODEL_TESTS),
+    Mutant("statistics: logits in the model's precision", LOGPROBS, "torch.nn.functional.linear(hidden.float(), head)",
+           "torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()", MODEL_TESTS),
 )  # fmt: skip
 
 

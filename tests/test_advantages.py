@@ -5,6 +5,8 @@ Legend: P prompts, G responses a prompt, B = P G rows, T tokens.
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cppo import advantages
 from cppo.advantages import (
+    Outcomes,
     at_last_token,
-    from_outcomes,
-    gae,
-    gpg,
+    estimator,
+    generalised_advantages,
     group_relative,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    rloo,
     whiten,
     zero_variance,
 )
@@ -40,6 +40,13 @@ def double(values: Any) -> Tensor:
 
 def same(found: Tensor, expected: Any, **tolerance: Any) -> None:
     torch.testing.assert_close(found, double(expected), **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
+
+
+def estimate(name: str, rewards: Tensor, group: int, mask: Tensor | None = None, **values: Any) -> Tensor:
+    """The advantages [B, T] of a registered estimator; without a mask [B], from responses of one token."""
+    one_token = torch.ones(len(rewards), 1, dtype=torch.bool)
+    found, _ = estimator(name)(Outcomes(rewards, one_token if mask is None else mask, group, **values))
+    return found[:, 0] if mask is None else found
 
 
 def fixture_mask() -> Tensor:
@@ -109,7 +116,7 @@ def test_rloo_is_the_reward_minus_the_mean_of_the_others(batch: tuple[list[list[
         for i, r in enumerate(g):
             others = [x for j, x in enumerate(g) if j != i and not math.isnan(x)]
             expected.append(0.0 if math.isnan(r) or not others else r - sum(others) / len(others))
-    same(rloo(double(grouped).view(-1), size), expected, **SINGLE)
+    same(estimate("rloo", double(grouped).view(-1), size), expected, **SINGLE)
 
 
 @given(groups())
@@ -118,7 +125,7 @@ def test_gpg(batch: tuple[list[list[float]], int]) -> None:
     judged = [r for g in grouped for r in g if not math.isnan(r)]
     factor = len(judged) / max(1, sum(r != 0 for r in judged))
     expected = [factor * a for g in grouped for a in slow_group(g, std=False)]
-    same(gpg(double(grouped).view(-1), size), expected, rtol=2e-7, atol=2e-7)
+    same(estimate("gpg", double(grouped).view(-1), size), expected, rtol=2e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -157,7 +164,7 @@ def test_centred_advantages_sum_to_zero(batch: tuple[list[list[float]], int]) ->
 
 
 def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Any, Any]:
-    """The definition: A_t = sum over later trained tokens k of (gamma gae_lambda)^k delta, with only trained tokens in the row."""
+    """The definition: A_t = sum over later trained tokens k of (gamma gae_lambda)^k delta; a row has trained tokens only."""
     advantages, returns = torch.zeros_like(values).tolist(), torch.zeros_like(values).tolist()
     for b in range(mask.shape[0]):
         at = [t for t in range(mask.shape[1]) if mask[b, t]]
@@ -172,7 +179,7 @@ def slow_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_la
 @given(batches(), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
 def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, gae_lambda: float) -> None:
     rewards, values, mask = batch
-    advantages, returns = gae(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, gae_lambda)
+    advantages, returns = generalised_advantages(spoiled(rewards, mask), spoiled(values, mask), mask, gamma, gae_lambda)
     slow_advantages, slow_returns = slow_gae(rewards, values, mask, gamma, gae_lambda)
     same(advantages, slow_advantages)
     same(returns, slow_returns)
@@ -182,7 +189,7 @@ def test_gae(batch: tuple[Tensor, Tensor, Tensor], gamma: float, gae_lambda: flo
 def test_undiscounted_returns_of_an_outcome_are_the_outcome(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     """gamma = gae_lambda = 1 and a reward at the last trained token: the return of each token is R, whatever the values."""
     rewards, values, mask = batch
-    _, returns = gae(at_last_token(rewards[:, 0], mask), values, mask, 1.0, 1.0)
+    _, returns = generalised_advantages(at_last_token(rewards[:, 0], mask), values, mask, 1.0, 1.0)
     same(returns, torch.where(mask, rewards[:, :1], 0).tolist())
 
 
@@ -227,8 +234,8 @@ def test_reinforce_pp(batch: tuple[Tensor, Tensor, Tensor], data: st.DataObject)
     rows = mask.shape[0]
     rewards = data.draw(st.lists(REWARD, min_size=rows, max_size=rows))
     for found, per_row in (
-        (reinforce_pp(double(rewards), mask), rewards),
-        (reinforce_pp_baseline(double(rewards), rows, mask), slow_group(rewards, std=False)),
+        (estimate("reinforce_pp", double(rewards), rows, mask), rewards),
+        (estimate("reinforce_pp_baseline", double(rewards), rows, mask), slow_group(rewards, std=False)),
     ):
         at = [(b, t) for b in range(rows) for t in range(mask.shape[1]) if mask[b, t] and not math.isnan(rewards[b])]
         mean = sum(per_row[b] for b, _ in at) / max(len(at), 1)
@@ -244,8 +251,9 @@ def test_inputs_are_not_modified() -> None:
     values = torch.ones(4, 6, dtype=torch.float64)
     before = rewards.clone(), values.clone(), mask.clone()
     group_relative(rewards, 4, std=True)
-    gae(at_last_token(rewards, mask), whiten(values, mask), mask, 1.0, 0.95)
-    reinforce_pp(rewards, mask)
+    generalised_advantages(at_last_token(rewards, mask), whiten(values, mask), mask, 1.0, 0.95)
+    for name in advantages.names():
+        estimate(name, rewards, 2, mask, values=values)
     for now, then in zip((rewards, values, mask), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
@@ -256,12 +264,10 @@ def test_estimators_by_name() -> None:
     for name, per_row in {
         "grpo": group_relative(rewards, 2, std=True),
         "dr_grpo": group_relative(rewards, 2, std=False),
-        "rloo": rloo(rewards, 2),
-        "gpg": gpg(rewards, 2),
+        "rloo": 2 * group_relative(rewards, 2, std=False),
+        "gpg": 4 / 3 * group_relative(rewards, 2, std=False),
     }.items():
-        same(from_outcomes(name, rewards, 2, mask), torch.where(mask, per_row.unsqueeze(-1), 0).tolist())
-    same(from_outcomes("reinforce_pp", rewards, 2, mask), reinforce_pp(rewards, mask).tolist())
-    same(from_outcomes("reinforce_pp_baseline", rewards, 2, mask), reinforce_pp_baseline(rewards, 2, mask).tolist())
+        same(estimate(name, rewards, 2, mask), torch.where(mask, per_row.unsqueeze(-1), 0).tolist(), **SINGLE)
 
 
 # Stored vectors -------------------------------------------------------------------------------------------------------
@@ -271,24 +277,133 @@ def test_stored_group_estimators() -> None:
     rewards = double(REWARDS)
     same(group_relative(rewards, 4, std=True), VECTORS["adv_grpo"], **SINGLE)
     same(group_relative(rewards, 4, std=False), VECTORS["_meta"]["A"])
-    same(rloo(rewards, 4), VECTORS["adv_rloo"], **SINGLE)
-    same(gpg(rewards, 4), VECTORS["adv_gpg"], **SINGLE)
+    same(estimate("rloo", rewards, 4), VECTORS["adv_rloo"], **SINGLE)
+    same(estimate("gpg", rewards, 4), VECTORS["adv_gpg"], **SINGLE)
 
 
 def test_stored_reinforce_pp() -> None:
     """Also as GAE with no critic: it is the same estimator."""
     rewards, mask = double(REWARDS), fixture_mask()
-    same(reinforce_pp(rewards, mask)[0], VECTORS["adv_rfpp_row0"], **SINGLE)
-    raw, _ = gae(at_last_token(rewards, mask), torch.zeros(4, 6, dtype=torch.float64), mask, 1.0, 1.0)
-    same(whiten(raw, mask), reinforce_pp(rewards, mask).tolist())
+    found = estimate("reinforce_pp", rewards, 4, mask)
+    same(found[0], VECTORS["adv_rfpp_row0"], **SINGLE)
+    raw, _ = generalised_advantages(
+        at_last_token(rewards, mask), torch.zeros(4, 6, dtype=torch.float64), mask, 1.0, 1.0
+    )
+    same(whiten(raw, mask), found.tolist())
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.95])
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.95])
 def test_stored_gae(gae_lambda: float) -> None:
     """The critic's values are stored to 7 decimals, the advantages are whitened over the batch, the returns are not."""
-    mask, stored = fixture_mask(), VECTORS[f"gae_lam{lam}"]
-    raw, returns = gae(at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, gae_lambda)
+    mask, stored = fixture_mask(), VECTORS[f"gae_lam{gae_lambda}"]
+    raw, returns = generalised_advantages(
+        at_last_token(double(REWARDS), mask), double(VECTORS["gae_lam0.95_vals"]), mask, 1.0, gae_lambda
+    )
     white = whiten(raw, mask)
     same(white[0], stored["adv_row0"], rtol=0, atol=3e-7)
     same(white[2, :3], stored["adv_row2"][:3], rtol=0, atol=3e-7)
     same(returns[0], stored["ret_row0"], rtol=0, atol=3e-7)
+
+
+# One's own ------------------------------------------------------------------------------------------------------------
+
+MODULE = """
+import torch
+from cppo import advantages
+from cppo.advantages import Outcomes, group_relative
+
+@advantages.register()
+def signs(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(group_relative(outcomes.rewards, outcomes.group, std=False).sign())
+
+@advantages.register()
+def by_row(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.rewards
+
+@advantages.register()
+def unjudged(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(outcomes.rewards)
+
+@advantages.register(critic=True)
+def half(outcomes: Outcomes) -> torch.Tensor:
+    return outcomes.on_tokens(outcomes.rewards)
+
+@advantages.register(critic=True)
+def narrow(outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor]:
+    return outcomes.values - 1, outcomes.values[:, :1]
+
+@advantages.register(critic=True)
+def values(outcomes: Outcomes) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.where(outcomes.mask, outcomes.values - 1, torch.nan), outcomes.gamma * outcomes.values
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module own_advantages on the path, registered for one test."""
+    (tmp_path / "own_advantages.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_advantages", raising=False)
+    monkeypatch.setattr(advantages._REGISTRY, "_entries", dict(advantages._REGISTRY._entries))
+
+
+OUTCOMES = Outcomes(double([1, 0, 0.5, 1]), fixture_mask(), 2, double([[2.0] * 6] * 4), gamma=0.5)
+
+
+def test_an_estimator_by_import_path(own: None) -> None:
+    found, returns = estimator("own_advantages:signs")(OUTCOMES)
+    same(found, torch.where(fixture_mask(), double([1, -1, -1, 1]).unsqueeze(1), 0).tolist())
+    assert returns is None and "signs" in advantages.names()
+
+
+def test_a_critic_estimator_by_import_path(own: None) -> None:
+    """What it says outside the mask, also NaN, is 0."""
+    made = estimator("own_advantages:values")
+    found, returns = made(OUTCOMES)
+    assert made.critic and returns is not None
+    same(found, fixture_mask().double().tolist())
+    same(returns, fixture_mask().double().tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("by_row", r"advantage by_row: expected advantages of shape \(4, 6\), got \(4,\)"),
+        ("half", r"advantage half: expected \(advantages, returns\), each of shape \(4, 6\), got \(4, 6\)"),
+        ("narrow", r"advantage narrow: expected .* each of shape \(4, 6\), got \(4, 6\) and \(4, 1\)"),
+        ("unjudged", "advantage unjudged: an advantage is not finite; unjudged rewards are NaN and must get 0"),
+    ],
+)
+def test_a_wrong_result_is_refused_in_one_line(own: None, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        estimator(f"own_advantages:{name}")(replace(OUTCOMES, rewards=double([1, NAN, 0.5, 1])))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grpoo", "unknown advantage 'grpoo'; known: dr_grpo, gae, gpg, grpo, .*, or 'module:function' of your own"),
+        (
+            "own_advantages:none",
+            r"advantage 'own_advantages:none': own_advantages has no function none decorated with ",
+        ),
+        ("no_such_module:x", "advantage 'no_such_module:x': No module named 'no_such_module'; is its folder on"),
+        ("a b:c", "advantage 'a b:c': an import path reads 'package.module:function'"),
+    ],
+)
+def test_an_estimator_that_is_not_there(own: None, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        estimator(name)
+
+
+def test_gae_by_its_name_is_whitened_over_judged_rows() -> None:
+    """From the rewards to advantages and returns, with one response that could not be judged."""
+    rewards, mask = double([1, NAN, 0, 1]), fixture_mask()
+    values = double(VECTORS["gae_lam0.95_vals"])
+    outcomes = Outcomes(rewards, mask, 4, values, gamma=0.9, gae_lambda=0.5)
+    found, returns = estimator("gae")(outcomes)
+    raw, expected = generalised_advantages(at_last_token(rewards, mask), values, mask, 0.9, 0.5)
+    judged = mask & ~rewards.isnan().unsqueeze(1)
+    same(found, whiten(raw, judged).tolist())
+    assert (found[1] == 0).all() and returns is not None
+    same(returns, expected.tolist())

@@ -2,19 +2,26 @@
 
 import copy
 import functools
+import json
 import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import golden_ids
 import pytest
 import yaml
+from golden_ids import fingerprint
+from pydantic import Field
 
 from cppo.__main__ import main
-from cppo.suite.suite import Suite, find_base, find_run, load_suite
+from cppo.suite.config import parse_run
+from cppo.suite.schema import LATER, NOT_HASHED, Config, content_hash
+from cppo.suite.suite import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "config").glob("*.yaml"))
@@ -25,8 +32,8 @@ settings:
   tiny:
     title: Tiny
     model: {architecture: qwen3, hidden_size: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, intermediate_size: 32}
-    task: {steps: [1, 2], problems: 64, weak: 0.25, benchmarks: [{name: chain1, steps: 1, problems: 4},
-                                                                 {name: chain3, steps: 3, problems: 4}]}
+    task: {family: chain, sizes: [1, 2], problems: 64, weak: 0.25, benchmarks: [{name: chain1, size: 1, problems: 4},
+                                                                                {name: chain3, size: 3, problems: 4}]}
     warm_start: {max_steps: 400, target_accuracy: 0.1, check_every: 20, batch: 64, lr: 0.01}
     rollout: {prompts: 8, responses: 4, minibatch: 4, max_response_tokens: 24}
     optimizer: {lr: 1e-3, warmup_updates: 2}
@@ -34,13 +41,13 @@ settings:
     iterations: 4
     checkpoint_every: 2
 evaluation: {samples: 4}
-objectives:
+rules:
   - {name: pg, objective: pg}
   - {name: ppo, objective: ppo, advantage: gae}
   - {name: grpo, objective: grpo, aggregation: seq-mean-token-sum-norm}
   - {name: dppo, objective: dppo, divergence: {estimator: binary}}
-  - {name: dppo-kl, objective: dppo, settings: {delta: 0.05}, divergence: {estimator: top_k, kind: kl, k: 4}}
-  - {name: cppo, objective: cppo, settings: {delta: 0.05, adaptive: true}, divergence: {estimator: exact}}
+  - {name: dppo-kl, objective: dppo, params: {delta: 0.05}, divergence: {estimator: top_k, kind: kl, k: 4}}
+  - {name: cppo, objective: cppo, params: {delta: 0.05, adaptive: true}, divergence: {estimator: exact}}
 """
 DELETE = object()
 Keys = tuple[Any, ...]
@@ -59,7 +66,7 @@ def example() -> dict[str, Any]:
 
 
 def nodes(node: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Every node below with its path; an objective is addressed by its position."""
+    """Every node below with its path; a rule is addressed by its position."""
     yield keys, node
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in items:
@@ -108,7 +115,7 @@ def refusal(path: Path) -> str:
 
 
 def ids(suite: Suite) -> dict[tuple[str, int], str]:
-    """(label, seed) -> run id, of the one setting."""
+    """(rule, seed) -> run id, of the one setting."""
     return {(run.rule_name, run.seed): run.id for run in suite.runs()}
 
 
@@ -117,7 +124,7 @@ def ids(suite: Suite) -> dict[tuple[str, int], str]:
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_committed_suites_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is valid, has a run for every setting, objective and seed, and no two runs are the same."""
+    """Each is valid, has a run for every setting, rule and seed, and no two runs are the same."""
     suite = load_suite(path)
     assert len(suite.runs()) == len(suite.settings) * len(suite.rules) * len(suite.seeds)
     assert len({run.id for run in suite.runs()}) == len({run.folder for run in suite.runs()}) == len(suite.runs())
@@ -137,10 +144,28 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path, text: str) -> Non
     assert ids(suite) == ids(load_suite(save(tmp_path, example())))
 
 
-def test_importing_the_configuration_does_not_import_torch() -> None:
-    """Most commands and the Snakefile start in a moment because of it."""
-    code = "import sys, cppo.suite.config, cppo.__main__; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [
+        ("cppo.suite.suite", "transformers lm_eval pandas vllm"),
+        ("cppo.__main__", "transformers lm_eval pandas vllm huggingface_hub"),
+    ],
+)
+def test_slow_packages_are_imported_where_they_are_used(module: str, later: str) -> None:
+    """Most commands and the Snakefile start in a moment because of it; and the hub is told to stay offline before it loads."""
+    code = f"import sys, {module}; sys.exit(bool(set({later.split()}) & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("command", "offline"), [("runs", True), ("data", False)])
+def test_only_data_and_base_may_ask_the_hub(tmp_path: Path, command: str, offline: bool) -> None:
+    """In a process of its own: the hub's client reads its setting when it is first imported."""
+    arguments = [command, "--suite", "smoke"]
+    arguments += ["--setting", "tiny", "--root", str(tmp_path)] if command == "data" else []
+    code = f"import cppo.__main__ as m; assert m.main({arguments}) == 0; import huggingface_hub.constants as c; "
+    code += f"assert c.HF_HUB_OFFLINE is {offline}"
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
 
 
 # Run ids --------------------------------------------------------------------------------------------------------------
@@ -154,21 +179,21 @@ def backwards(node: Any) -> Any:
 
 
 def test_equal_runs_have_equal_ids(tmp_path: Path) -> None:
-    """Key order, the suite's name and description, its other objectives, and a default written out change nothing."""
+    """Key order, the suite's name and description, its other rules, and a default written out change nothing."""
     expected = ids(load_suite(save(tmp_path, example())))
     other = backwards(example()) | {"description": "Another suite.", "seeds": [1]}
-    other["objectives"] = [entry for entry in example()["objectives"] if entry["name"] == "cppo"]
-    other["objectives"][0]["settings"] |= {"w_min": 0.8, "cap": 20, "adaptive": True}  # cap: an integer for 20.0
+    other["rules"] = [entry for entry in example()["rules"] if entry["name"] == "cppo"]
+    other["rules"][0]["params"] |= {"w_min": 0.8, "cap": 20, "adaptive": True}  # cap: an integer for 20.0
     path = tmp_path / "renamed.yaml"
     path.write_text(yaml.safe_dump(other, sort_keys=False))
     assert ids(load_suite(path)) == {("cppo", 1): expected["cppo", 1]}
 
 
-def test_settings_of_one_setting_are_those_settings(tmp_path: Path) -> None:
-    """`params_by_setting` wins over `settings`, and the run is the one that has the value in `settings`."""
-    direct = changed(("objectives", 5, "settings"), {"delta": 0.07, "w_min": 0.5})
-    override = changed(("objectives", 5, "settings"), {"delta": 0.05, "w_min": 0.5})
-    override["objectives"][5]["params_by_setting"] = {"tiny": {"delta": 0.07}}
+def test_parameters_of_one_setting_are_those_parameters(tmp_path: Path) -> None:
+    """`params_by_setting` wins over `params`, and the run is the one that has the value in `params`."""
+    direct = changed(("rules", 5, "params"), {"delta": 0.07, "w_min": 0.5})
+    override = changed(("rules", 5, "params"), {"delta": 0.05, "w_min": 0.5})
+    override["rules"][5]["params_by_setting"] = {"tiny": {"delta": 0.07}}
     one, two = (ids(load_suite(save(tmp_path, raw))) for raw in (direct, override))
     assert one == two != ids(load_suite(save(tmp_path, example())))
 
@@ -176,7 +201,7 @@ def test_settings_of_one_setting_are_those_settings(tmp_path: Path) -> None:
 def test_span_may_name_the_longest_response(tmp_path: Path) -> None:
     """The padded horizon is given as a number or by the name of the key that holds it."""
     one, two = (
-        ids(load_suite(save(tmp_path, changed(("objectives", 5, "settings", "span"), span))))
+        ids(load_suite(save(tmp_path, changed(("rules", 5, "params", "span"), span))))
         for span in (24, "max_response_tokens")
     )
     assert one == two != ids(load_suite(save(tmp_path, TEXT)))
@@ -196,20 +221,69 @@ NUMBERS = [
 
 @pytest.mark.parametrize("keys", NUMBERS, ids=dotted)
 def test_every_number_is_part_of_the_id(tmp_path: Path, keys: Keys) -> None:
-    """A number of an objective changes the ids of its runs only, any other number those of all runs."""
+    """A number of a rule changes the ids of its runs only, any other number those of all runs."""
     before = ids(load_suite(save(tmp_path, roomy())))
     value = dict(nodes(roomy()))[keys]
     after = ids(load_suite(save(tmp_path, changed(keys, value * 2 if isinstance(value, int) else value / 2, roomy()))))
-    labels = {name for name, _ in before}
-    expected = {example()["objectives"][keys[1]]["name"]} if keys[0] == "objectives" else labels
+    names = {name for name, _ in before}
+    expected = {example()["rules"][keys[1]]["name"]} if keys[0] == "rules" else names
     assert before.keys() == after.keys()
-    assert {label for label, seed in before if before[label, seed] != after[label, seed]} == expected
+    assert {name for name, seed in before if before[name, seed] != after[name, seed]} == expected
     assert len(set(after.values())) == len(after)
 
 
+def test_ids_of_the_committed_suites_are_those_of_yesterday() -> None:
+    """Published results are found by them."""
+    prints = {path.stem: fingerprint(load_suite(path)) for path in SUITES}
+    assert prints == json.loads(golden_ids.FILE.read_text()), (
+        f"ids have changed; if that is meant: {golden_ids.COMMAND}"
+    )
+
+
+class Inner(Config):
+    """A part with a key that came later."""
+
+    rate: float
+    teacher: Annotated[str | None, LATER] = None
+
+
+class Outer(Config):
+    """A configuration with two keys that came later and one that is not hashed."""
+
+    inner: Inner
+    parts: tuple[Inner, ...] = ()
+    title: Annotated[str, NOT_HASHED] = "x"
+    options: Annotated[dict[str, int], LATER] = Field(default_factory=dict)
+
+
+def test_a_key_that_came_later_leaves_older_ids_alone() -> None:
+    """At its default it is not hashed, wherever it stands; with another value it is."""
+    old = {"inner": {"rate": 0.5}, "parts": [{"rate": 1.0}]}
+    expected = content_hash(old)
+    inner, part = Inner(rate=0.5), Inner(rate=1.0)
+    assert content_hash(Outer(inner=inner, parts=(part,))) == expected
+    assert content_hash(Outer(inner=inner, parts=(part,), title="y", options={})) == expected
+    others = [
+        Outer(inner=inner, parts=(part,), options={"a": 1}),
+        Outer(inner=Inner(rate=0.5, teacher="t"), parts=(part,)),
+        Outer(inner=inner, parts=(Inner(rate=1.0, teacher="t"),)),
+        Outer(inner=inner),
+    ]
+    assert len({expected, *map(content_hash, others)}) == 5
+    assert content_hash([Outer(inner=inner, parts=(part,))]) == content_hash([old])
+
+
+def test_a_resolved_run_survives_its_file(tmp_path: Path) -> None:
+    """What is written as config.json and read again has the same id."""
+    for run in (*load_suite(save(tmp_path, example())).runs(), *load_suite("single_gpu").runs()):
+        for config in (run, run.base):
+            assert parse_run(json.loads(config.model_dump_json()), "config.json") == config
+            assert parse_run(json.loads(config.model_dump_json()), "config.json").id == config.id
+
+
 def test_base_models_depend_on_their_own_keys_only(tmp_path: Path) -> None:
-    """The warm start is shared by runs that differ in objectives, learning rate or length, but not in the task."""
-    base = find_base(load_suite(save(tmp_path, example())), "tiny")
+    """The warm start is shared by runs that differ in rules, learning rate or length, but not in the task."""
+    base = load_suite(save(tmp_path, example())).base("tiny")
     for keys, value, same in [
         (("settings", "tiny", "optimizer", "lr"), 0.1, True),
         (("settings", "tiny", "iterations"), 8, True),
@@ -217,16 +291,16 @@ def test_base_models_depend_on_their_own_keys_only(tmp_path: Path) -> None:
         (("settings", "tiny", "warm_start", "batch"), 8, False),
         (("settings", "tiny", "model", "layers"), 2, False),
     ]:
-        found = find_base(load_suite(save(tmp_path, changed(keys, value))), "tiny")
+        found = load_suite(save(tmp_path, changed(keys, value))).base("tiny")
         assert (found.id == base.id, found.folder == base.folder) == (same, same), keys
 
 
 def test_unknown_runs_and_settings_are_named(tmp_path: Path) -> None:
     suite = load_suite(save(tmp_path, TEXT))
     with pytest.raises(ValueError, match=r"^--run 0123456789: no such run"):
-        find_run(suite, "0123456789")
+        suite.run("0123456789")
     with pytest.raises(ValueError, match=r"^--setting nope: not in the suite; it has tiny$"):
-        find_base(suite, "nope")
+        suite.base("nope")
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -240,7 +314,7 @@ def test_unknown_key_at_every_level(tmp_path: Path, keys: Keys) -> None:
     message = refusal(save(tmp_path, changed((*keys, "surprise"), 1)))
     assert "surprise" in message.split(": ")[0]
     if keys != ("settings",):  # there, "surprise" is the name of a setting that is not one
-        assert "unknown key" in message or "unknown setting" in message
+        assert "unknown key" in message or "unknown parameter" in message
 
 
 @pytest.mark.parametrize("keys", LEAVES, ids=dotted)
@@ -259,14 +333,14 @@ def test_numbers_are_finite(tmp_path: Path, keys: Keys, value: float) -> None:
     assert keys[-1] in message.split(": ")[0] and "finite" in message
 
 
-TINY, PLAN = ("settings", "tiny"), ("settings", "tiny", "rollout")
-GRPO, DPPO, KL, CPPO = (("objectives", position) for position in (2, 3, 4, 5))
+TINY, ROLLOUT = ("settings", "tiny"), ("settings", "tiny", "rollout")
+GRPO, DPPO, KL, CPPO = (("rules", position) for position in (2, 3, 4, 5))
 VALUES: list[tuple[Keys, Any, str]] = [
-    ((*PLAN, "minibatch"), 3, "settings.tiny.rollout: minibatch 3 does not divide prompts 8"),
-    ((*PLAN, "minibatch"), 16, "settings.tiny.rollout: minibatch 16 does not divide"),
-    ((*PLAN, "responses"), 1, "settings.tiny.rollout.responses"),
-    ((*PLAN, "temperature"), 0.0, "settings.tiny.rollout.temperature"),
-    ((*PLAN, "max_response_tokens"), 21, "settings.tiny: rollout.max_response_tokens 21 is too short"),
+    ((*ROLLOUT, "minibatch"), 3, "settings.tiny.rollout: minibatch 3 does not divide prompts 8"),
+    ((*ROLLOUT, "minibatch"), 16, "settings.tiny.rollout: minibatch 16 does not divide"),
+    ((*ROLLOUT, "responses"), 1, "settings.tiny.rollout.responses"),
+    ((*ROLLOUT, "temperature"), 0.0, "settings.tiny.rollout.temperature"),
+    ((*ROLLOUT, "max_response_tokens"), 21, "settings.tiny: rollout.max_response_tokens 21 is too short"),
     ((*TINY, "checkpoint_every"), 3, "settings.tiny: checkpoint_every 3 does not divide iterations 4"),
     ((*TINY, "iterations"), 0, "settings.tiny.iterations"),
     ((*TINY, "model", "kv_heads"), 3, "settings.tiny.model: kv_heads 3 does not divide heads 2"),
@@ -275,8 +349,8 @@ VALUES: list[tuple[Keys, Any, str]] = [
     ((*TINY, "model", "architecture"), "qwen3_moe", "settings.tiny.model: experts"),
     ((*TINY, "model", "experts"), 4, "settings.tiny.model: experts"),
     ((*TINY, "model", "experts_per_token"), 1, "settings.tiny.model: experts_per_token"),
-    ((*TINY, "task", "steps"), [], "settings.tiny.task.steps"),
-    ((*TINY, "task", "steps"), [21], "settings.tiny.task.steps.0"),
+    ((*TINY, "task", "sizes"), [], "settings.tiny.task.sizes"),
+    ((*TINY, "task", "sizes"), [21], "settings.tiny.task: sizes: size 21 is not in 1..20, those of family chain"),
     ((*TINY, "task", "weak"), 1.5, "settings.tiny.task.weak"),
     ((*TINY, "task", "benchmarks"), [], "settings.tiny.task.benchmarks"),
     (
@@ -294,63 +368,150 @@ VALUES: list[tuple[Keys, Any, str]] = [
     (("seeds",), [0, 0], "seeds 0 is given twice"),
     (("seeds",), [0, -1], "seeds.1"),
     (("seeds",), [0, 2**31], "seeds.1"),
-    (("objectives",), [], "objectives"),
-    (("objectives", 0, "name"), "grpo", "objectives: name 'grpo' is given twice"),
-    (("objectives", 0, "name"), "base", "objectives: the name 'base'"),
+    (("rules",), [], "rules"),
+    (("rules", 0, "name"), "grpo", "rules: name 'grpo' is given twice"),
+    (("rules", 0, "name"), "base", "rules: the name 'base'"),
     *(
-        (("objectives", 0, "name"), name, "objectives.0.name")
+        (("rules", 0, "name"), name, "rules.0.name")
         for name in ("../x", "a/b", "A", "", "-a", ".", "a b", "a\n", "é", "a" * 61, "a\0")
     ),
-    ((*GRPO, "objective"), "grpoo", "objectives.grpo.objective: unknown objective 'grpoo'"),
-    ((*GRPO, "objective"), "no.such:rule", "objectives.grpo.objective: objective 'no.such:rule'"),
-    ((*GRPO, "objective"), "math:sqrt", "objectives.grpo.objective: objective 'math:sqrt'"),
+    ((*GRPO, "objective"), "grpoo", "rules.grpo.objective: unknown objective 'grpoo'"),
+    ((*GRPO, "objective"), "no.such:rule", "rules.grpo.objective: objective 'no.such:rule'"),
+    ((*GRPO, "objective"), "math:sqrt", "rules.grpo.objective: objective 'math:sqrt'"),
     *(
-        ((*GRPO, "objective"), text, "objectives.2.objective")
+        ((*GRPO, "objective"), text, "rules.2.objective")
         for text in ("..up:rule", ":rule", "math:", "../x", "a b", "a\0:b", "")
     ),
-    ((*GRPO, "settings"), {"clip_hi": 0.2}, "objectives.grpo.settings.clip_hi: unknown setting"),
-    ((*GRPO, "settings"), {"name": 1}, "objectives.grpo.settings.name: unknown setting"),
-    ((*GRPO, "settings"), {"clip_high": "0.2"}, "objectives.grpo.settings.clip_high"),
-    ((*GRPO, "settings"), {"clip_high": True}, "objectives.grpo.settings.clip_high"),
-    ((*GRPO, "settings"), {"clip_high": -0.2}, "objectives.grpo.settings.clip_high: -0.2 must be above 0"),
-    ((*GRPO, "settings"), {"dual_clip": 1.0}, "objectives.grpo.settings.dual_clip"),
-    ((*GRPO, "settings"), {"clip_high": 10**400}, "objectives.grpo.settings.clip_high"),
-    ((*GRPO, "settings"), [], "objectives.2.settings"),
-    ((*CPPO, "settings"), {"delta": None}, "objectives.cppo.settings.delta"),
-    ((*CPPO, "settings"), {"w_min": 1.5}, "objectives.cppo.settings.w_min: 1.5 must be in (0, 1]"),
-    ((*CPPO, "settings"), {"adaptive": 1}, "objectives.cppo.settings.adaptive"),
-    (
-        (*CPPO, "settings"),
-        {"span": 23},
-        "objectives.cppo.settings.span: 23 is shorter than rollout.max_response_tokens",
-    ),
-    ((*CPPO, "settings"), {"span": 24.0}, "objectives.cppo.settings.span"),
-    ((*CPPO, "params_by_setting"), {"nope": {}}, "objectives.cppo.params_by_setting.nope: no such setting"),
-    ((*CPPO, "params_by_setting"), {"../tiny": {}}, "objectives.5.params_by_setting.../tiny"),
+    ((*GRPO, "params"), {"clip_hi": 0.2}, "rules.grpo.params.clip_hi: unknown parameter"),
+    ((*GRPO, "params"), {"name": 1}, "rules.grpo.params.name: unknown parameter"),
+    ((*GRPO, "params"), {"clip_high": "0.2"}, "rules.grpo.params.clip_high"),
+    ((*GRPO, "params"), {"clip_high": True}, "rules.grpo.params.clip_high"),
+    ((*GRPO, "params"), {"clip_high": -0.2}, "rules.grpo.params.clip_high: -0.2 must be above 0"),
+    ((*GRPO, "params"), {"dual_clip": 1.0}, "rules.grpo.params.dual_clip"),
+    ((*GRPO, "params"), {"clip_high": 10**400}, "rules.grpo.params.clip_high"),
+    ((*GRPO, "params"), [], "rules.2.params"),
+    ((*CPPO, "params"), {"delta": None}, "rules.cppo.params.delta"),
+    ((*CPPO, "params"), {"w_min": 1.5}, "rules.cppo.params.w_min: 1.5 must be in (0, 1]"),
+    ((*CPPO, "params"), {"adaptive": 1}, "rules.cppo.params.adaptive"),
+    ((*CPPO, "params"), {"span": 24.0}, "rules.cppo.params.span"),
+    ((*CPPO, "params_by_setting"), {"nope": {}}, "rules.cppo.params_by_setting.nope: no such setting"),
+    ((*CPPO, "params_by_setting"), {"../tiny": {}}, "rules.5.params_by_setting.../tiny"),
     (
         (*CPPO, "params_by_setting"),
         {"tiny": {"delt": 1.0}},
-        "objectives.cppo.params_by_setting.tiny.delt: unknown setting",
+        "rules.cppo.params_by_setting.tiny.delt: unknown parameter",
     ),
-    ((*CPPO, "params_by_setting"), {"tiny": {"delta": "a"}}, "objectives.cppo.params_by_setting.tiny.delta"),
-    ((*CPPO, "params_by_setting"), {"tiny": {"delta": -1.0}}, "objectives.cppo.params_by_setting.tiny.delta"),
-    ((*CPPO, "params_by_setting"), {"tiny": 1}, "objectives.5.params_by_setting.tiny"),
-    ((*CPPO, "divergence"), DELETE, "objectives.cppo.divergence: objective cppo needs one"),
-    ((*CPPO, "divergence"), None, "objectives.cppo.divergence: objective cppo needs one"),
-    ((*GRPO, "divergence"), {"estimator": "binary"}, "objectives.grpo.divergence: objective grpo uses none"),
-    ((*KL, "divergence", "k"), 40, "objectives.dppo-kl.divergence.k: 40 must be below the vocabulary's size 40"),
-    ((*KL, "divergence", "k"), 10**30, "objectives.dppo-kl.divergence.k"),
-    ((*KL, "divergence", "k"), 0, "objectives.4.divergence.k"),
-    ((*KL, "divergence", "k"), DELETE, "objectives.4.divergence: k is for estimator top_k, which needs it"),
-    ((*KL, "divergence", "estimator"), "exact", "objectives.4.divergence: k is for estimator top_k"),
-    (("settings", "tiny", "scale"), {"engine": "vllm"}, "objectives.cppo.divergence.estimator: exact needs whole"),
-    (("settings", "tiny", "scale"), {"vllm_tolerance": 0.0}, "settings.tiny.scale.vllm_tolerance"),
-    ((*KL, "divergence", "kind"), "js", "objectives.4.divergence.kind"),
-    ((*DPPO, "divergence", "support"), "union", "objectives.3.divergence: support is for estimator top_k"),
-    ((*GRPO, "advantage"), "none", "objectives.2.advantage"),
-    ((*GRPO, "aggregation"), "mean", "objectives.2.aggregation"),
-    (("objectives", 1), {"preset": "no_such"}, "preset"),
+    ((*CPPO, "params_by_setting"), {"tiny": {"delta": "a"}}, "rules.cppo.params_by_setting.tiny.delta"),
+    ((*CPPO, "params_by_setting"), {"tiny": {"delta": -1.0}}, "rules.cppo.params_by_setting.tiny.delta"),
+    ((*CPPO, "params_by_setting"), {"tiny": 1}, "rules.5.params_by_setting.tiny"),
+    ((*CPPO, "divergence"), DELETE, "rules.cppo.divergence: objective cppo needs one"),
+    ((*CPPO, "divergence"), None, "rules.cppo.divergence: objective cppo needs one"),
+    ((*GRPO, "divergence"), {"estimator": "binary"}, "rules.grpo.divergence: objective grpo uses none"),
+    ((*KL, "divergence", "k"), 40, "rules.dppo-kl.divergence.k: 40 must be below the vocabulary's size 40"),
+    ((*KL, "divergence", "k"), 10**30, "rules.dppo-kl.divergence.k"),
+    ((*KL, "divergence", "k"), 0, "rules.4.divergence.k"),
+    ((*KL, "divergence", "k"), DELETE, "rules.dppo-kl.divergence.k: estimator top_k needs it"),
+    ((*KL, "divergence", "estimator"), "exact", "rules.dppo-kl.divergence.k: estimator exact uses none"),
+    (("settings", "tiny", "scale"), {"engine": "vllm"}, "rules.cppo.divergence.estimator: exact needs whole"),
+    (("settings", "tiny", "scale"), {"engine_tolerance": 0.0}, "settings.tiny.scale.engine_tolerance"),
+    ((*KL, "divergence", "kind"), "js", "rules.dppo-kl.divergence.kind: 'js' is not one of tv, kl"),
+    ((*DPPO, "divergence", "support"), "union", "rules.dppo.divergence.support: estimator binary has no such option"),
+    ((*GRPO, "advantage"), "none", "rules.grpo.advantage: unknown advantage 'none'; known: dr_grpo, gae"),
+    ((*GRPO, "aggregation"), "mean", "rules.2.aggregation"),
+    (("rules", 1), {"preset": "no_such"}, "preset"),
+    # Inside unions: the key itself, without the names that pydantic gives to the members.
+    ((*TINY, "task", "weakness"), 1, "settings.tiny.task.weakness: unknown key"),
+    ((*TINY, "task", "benchmarks", 1, "colour"), 1, "settings.tiny.task.benchmarks.1.colour: unknown key"),
+    ((*TINY, "task", "benchmarks", 1, "size"), "3", "settings.tiny.task.benchmarks.1.size: Input should be"),
+    ((*TINY, "task", "benchmarks", 1, "size"), DELETE, "settings.tiny.task.benchmarks.1.size: missing key"),
+    ((*TINY, "task", "family"), DELETE, "settings.tiny.task.family: missing key"),
+    (
+        (*TINY, "task", "family"),
+        "maze",
+        "settings.tiny.task.family: 'maze' is not one of 'chain', 'reduce', 'math', 'file'",
+    ),
+    ((*TINY, "task", "family"), "reduce", "settings.tiny.task: sizes: size 1 is not in 2..20, those of family reduce"),
+    ((*TINY, "task", "family"), "file", "settings.tiny.task."),
+    ((*TINY, "task"), {"family": "file", "colour": 1}, "settings.tiny.task.colour: unknown key"),
+    ((*TINY, "model", "colour"), 1, "settings.tiny.model.colour: unknown key"),
+    ((*TINY, "model", "layers"), DELETE, "settings.tiny.model.layers: missing key"),
+    ((*TINY, "model"), {"name": "a/b", "layers": 1}, "settings.tiny.model.layers: unknown key"),
+    ((*TINY, "model"), {"name": "a/b", "revision": "x"}, "settings.tiny.model.revision: String should match"),
+    # Keys of older suites.
+    (("objectives",), [], "objectives: is now called rules"),
+    (("rules", 5, "settings"), {"delta": 0.1}, "rules.5: settings: is now called params"),
+    (("rules", 5, "by_setting"), {}, "rules.5.by_setting: is now called params_by_setting"),
+    ((*TINY, "critic", "lam"), 0.9, "settings.tiny.critic.lam: is now called gae_lambda"),
+    (
+        (*TINY, "task", "steps"),
+        [1],
+        "settings.tiny.task.steps: is now called sizes (of a task) or size (of a benchmark)",
+    ),
+    ((*TINY, "task", "benchmarks", 0, "steps"), 1, "settings.tiny.task.benchmarks.0.steps: is now called sizes"),
+    ((*TINY, "scale"), {"vllm_gpus": 1}, "settings.tiny.scale.vllm_gpus: is now called engine_gpus"),
+    ((*TINY, "scale"), {"vllm_memory": 0.4}, "settings.tiny.scale.vllm_memory: is now called engine_memory"),
+    ((*TINY, "scale"), {"vllm_tolerance": 0.4}, "settings.tiny.scale.vllm_tolerance: is now called engine_tolerance"),
+    (
+        (*TINY, "scale"),
+        {"engine": "verl"},
+        "settings.tiny.scale: engine: verl is a trainer, not an engine: write trainer: verl",
+    ),
+    ((*TINY, "scale"), {"engine": "jax"}, "settings.tiny.scale: engine: 'jax' is not one of torch, vllm"),
+    # Titles that say how large a model is.
+    (
+        (*TINY, "title"),
+        "Qwen3-101k-Base",
+        "settings.tiny: title: 'Qwen3-101k-Base' says 101k parameters, the model has 3,",
+    ),
+    ((*TINY, "title"), "Tiny 1.7B", "settings.tiny: title: 'Tiny 1.7B' says 1.7B parameters, the model has 3,"),
 ]
+
+
+OLD_RUN = {
+    "label": "cispo",
+    "setting": "tiny",
+    "seed": 0,
+    "plan": {"title": "Qwen3-tiny", "model": {}, "task": {"family": "chain", "steps": [1, 2]}, "critic": {"lam": 0.95}},
+    "objective": {"name": "cispo", "objective": "cispo", "settings": {"clip_high": 4.0}, "by_setting": {}},
+    "evaluation": {"samples": 4, "temperature": 0.7, "top_p": 0.95},
+}
+"""The configuration of a run folder that older code made, in short."""
+
+
+@pytest.mark.parametrize("kind", ["run", "base model"])
+def test_folders_of_older_code_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line that says what to do; nothing is written beside it."""
+    base = {key: OLD_RUN[key] for key in ("setting", "plan", "evaluation")}
+    path = tmp_path / "036b0d6475" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(OLD_RUN if kind == "run" else base))
+    assert main(["evaluate", str(path.parent)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cppo: error: {path}: ") and error.count("\n") == 1
+    assert error.endswith("older code made this folder: move it away and make it again\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("title", "fits"),
+    [
+        ("Tiny-3k", True),
+        ("Tiny 3.04k", True),
+        ("Tiny", True),
+        ("Tiny-3.2k", False),
+        ("3M", False),
+        ("GPT3k", True),
+        ("v3.5", True),
+    ],
+)
+def test_a_title_says_the_right_number_of_parameters(title: str, fits: bool, tmp_path: Path) -> None:
+    """Within the rounding of two digits; words that merely end in digits are none of its business."""
+    before = ids(load_suite(save(tmp_path, TEXT)))
+    path = save(tmp_path, changed((*TINY, "title"), title))
+    if fits:
+        assert ids(load_suite(path)) == before  # and it is no part of the id
+    else:
+        assert "parameters, the model has" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +529,7 @@ def test_a_missing_key_is_named_or_has_a_default(tmp_path: Path, keys: Keys) -> 
     if keys[-1] in optional:
         load_suite(path)
     else:
-        expected = "divergence: k is" if keys[-1] == "k" else f"{keys[-1]}: missing key"
+        expected = "divergence.k: estimator top_k needs it" if keys[-1] == "k" else f"{keys[-1]}: missing key"
         assert expected in refusal(path)
 
 
@@ -402,7 +563,7 @@ FILES: list[tuple[str, str | bytes, str]] = [
     ("surrogate", TEXT.replace("title: Tiny", 'title: "\\ud800"'), ""),
     ("key of many lines", TEXT.replace("samples: 4", '"a\\nb\\u2028c\\e[31m\\rd": 4'), "evaluation."),
     ("number where 1e400 is infinite", TEXT.replace("{lr: 1e-3,", "{lr: 1e400,"), "settings.tiny.optimizer.lr"),
-    ("text that is false", TEXT.replace("{name: pg,", "{name: no,"), "objectives.0.name"),
+    ("text that is false", TEXT.replace("{name: pg,", "{name: no,"), "rules.0.name"),
 ]
 
 
@@ -414,26 +575,28 @@ def test_files_that_are_no_suite(tmp_path: Path, text: str | bytes, says: str) -
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "nope.yaml")
-    assert "directory" in refusal(tmp_path)
+    assert "no such suite" in refusal(tmp_path)
+    (tmp_path / "folder.yaml").mkdir()
+    assert "directory" in refusal(tmp_path / "folder.yaml")
 
 
 @pytest.mark.parametrize(
-    ("baseline", "says"),
+    ("added", "says"),
     [
-        ("{", "--baseline '{': not JSON"),
+        ("{", "--add-rule '{': not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("3", "objectives.6"),
-        ('{"name": "mine", "objective": "nope"}', "objectives.mine.objective"),
-        ('{"name": "pg", "objective": "pg"}', "objectives: name 'pg' is given twice"),
+        ("3", "rules.6"),
+        ('{"name": "mine", "objective": "nope"}', "rules.mine.objective"),
+        ('{"name": "pg", "objective": "pg"}', "rules: name 'pg' is given twice"),
     ],
 )
-def test_bad_baselines(tmp_path: Path, baseline: str, says: str) -> None:
+def test_bad_added_rules(tmp_path: Path, added: str, says: str) -> None:
     with pytest.raises(ValueError) as caught:
-        load_suite(save(tmp_path, TEXT), (baseline,))
+        load_suite(save(tmp_path, TEXT), (added,))
     assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
 
 
-def test_a_baseline_is_one_more_objective(tmp_path: Path) -> None:
+def test_an_added_rule_is_one_more_rule(tmp_path: Path) -> None:
     path = save(tmp_path, TEXT)
     more = load_suite(path, ('{"name": "mine", "objective": "dppo", "divergence": {"estimator": "binary"}}',))
     assert len(more.runs()) == len(load_suite(path).runs()) + 2
@@ -450,8 +613,8 @@ def test_a_baseline_is_one_more_objective(tmp_path: Path) -> None:
         "",
         b"\xff\xfe",
         TEXT + "seeds: [2]\n",
-        changed((*PLAN, "minibatch"), 3),
-        changed((*GRPO, "settings"), {"clip_hi": 0.2}),
+        changed((*ROLLOUT, "minibatch"), 3),
+        changed((*GRPO, "params"), {"clip_hi": 0.2}),
     ],
     ids=["empty", "binary", "duplicate", "minibatch", "setting"],
 )
@@ -460,11 +623,10 @@ def test_the_command_line_says_it_in_one_line(
 ) -> None:
     """Exit code 2, one line on standard error, nothing on standard output, no file written."""
     path = save(tmp_path, content)
-    root = ["--root", str(tmp_path / "runs")]
     arguments = {
         "check-suite": [str(path)],
-        "runs": ["--suite", str(path), *root],
-        "data": ["--suite", str(path), "--setting", "tiny", *root],
+        "runs": ["--suite", str(path)],
+        "data": ["--suite", str(path), "--setting", "tiny", "--root", str(tmp_path / "runs")],
     }
     before = path.read_bytes()
     assert main([command, *arguments[command]]) == 2

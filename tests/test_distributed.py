@@ -21,7 +21,8 @@ from cppo.models.logprobs import token_logprobs
 from cppo.results.run_folder import RunFolder
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import RunConfig, Scale
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Scale
 from cppo.suite.suite import Suite, load_suite
 from cppo.training.critic import ValueModel
 from cppo.training.distributed import check_trackers, make_accelerator, rank_slice

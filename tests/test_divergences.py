@@ -2,17 +2,22 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fixture import Fixture, spec_fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from loops import reduced_loop
 from torch import Tensor
 
 from cppo import divergences
+from cppo.divergences import Recorded
 
 ATOL = 1e-12
 SEEDS = st.integers(0, 2**32 - 1)
@@ -124,3 +129,102 @@ def test_divergence_arguments_are_checked() -> None:
     bad: Any = wrong
     with pytest.raises(ValueError, match="support: 'js' is not one of 'union', 'replace'"):
         divergences.top_k(one, one, x, x, ids, ids[..., 0], "tv", bad)
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+MODULE = """
+from cppo import divergences
+from cppo.divergences import Recorded
+
+@divergences.register(keeps="sampled", kinds=("squared",))
+def hellinger(seen: Recorded, kind: str):
+    p, q = seen.logp.exp(), seen.rollout_logp.exp()
+    return 1 - (p * q).sqrt() - ((1 - p) * (1 - q)).sqrt()
+
+@divergences.register(keeps="sampled", kinds=("tv",))
+def by_row(seen: Recorded, kind: str):
+    return (seen.logp - seen.rollout_logp).mean(-1)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module own_divergences on the path, registered for one test."""
+    (tmp_path / "own_divergences.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_divergences", raising=False)
+    monkeypatch.setattr(divergences._REGISTRY, "_entries", dict(divergences._REGISTRY._entries))
+
+
+def recorded(fixture: Fixture, k: int = 3) -> Recorded:
+    """All that a rollout can keep of the fixture's mu, in which each field belongs to its own side."""
+    rollout_topk_logp, ids = fixture.rollout_logp_all.topk(k, dim=-1)
+    return Recorded(
+        tokens=fixture.y,
+        logp=fixture.logp,
+        rollout_logp=fixture.rollout_logp,
+        topk_ids=ids,
+        topk_logp=fixture.logp_all.gather(-1, ids),
+        rollout_topk_logp=rollout_topk_logp,
+        logp_all=fixture.logp_all,
+        rollout_logp_all=fixture.rollout_logp_all,
+    )
+
+
+def test_estimators_by_name() -> None:
+    """Each name gives its function on what was recorded, in every kind, and needs no more than it says."""
+    fixture = spec_fixture()
+    seen = recorded(fixture)
+    sampled_only = Recorded(seen.tokens, seen.logp, seen.rollout_logp)
+    top_k = replace(seen, logp_all=None, rollout_logp_all=None)
+    assert divergences.names() == ("binary", "exact", "sampled", "top_k")
+    for kind in ("tv", "kl"):
+        assert torch.equal(divergences.estimator("binary")(sampled_only, kind), fixture.divergence("binary", kind))
+        assert torch.equal(divergences.estimator("exact")(seen, kind), fixture.divergence("exact", kind))
+        assert torch.equal(divergences.estimator("top_k")(top_k, kind), fixture.divergence("top_k_union", kind))
+        for support in ("union", "replace"):
+            found = divergences.estimator("top_k")(top_k, kind, support=support)
+            assert torch.equal(found, fixture.divergence(f"top_k_{support}", kind))
+    for kind in ("k2", "k3"):
+        found = divergences.estimator("sampled")(sampled_only, kind)
+        assert torch.equal(found, divergences.sampled(fixture.logp, fixture.rollout_logp, kind))
+    keeps = {name: divergences.estimator(name).keeps for name in divergences.names()}
+    assert keeps == {"binary": "sampled", "exact": "full", "sampled": "sampled", "top_k": "top_k"}
+    assert divergences.estimator("sampled").kinds == ("k2", "k3") and divergences.estimator("top_k").options == (
+        "support",
+    )
+
+
+def test_an_estimator_by_import_path(own: None) -> None:
+    fixture = spec_fixture()
+    found = divergences.estimator("own_divergences:hellinger")(recorded(fixture), "squared")
+    p, q = fixture.logp.exp(), fixture.rollout_logp.exp()
+    torch.testing.assert_close(found, 1 - (p * q).sqrt() - ((1 - p) * (1 - q)).sqrt())
+    assert divergences.estimator("own_divergences:hellinger").keeps == "sampled" and "hellinger" in divergences.names()
+
+
+def test_an_estimators_result_has_no_gradient(own: None) -> None:
+    seen = recorded(spec_fixture())
+    found = divergences.estimator("own_divergences:hellinger")(
+        replace(seen, logp=seen.logp.clone().requires_grad_()), "squared"
+    )
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("binry", "unknown divergence estimator 'binry'; known: binary, exact, sampled, top_k, or 'module:function'"),
+        ("own_divergences:none", "divergence estimator 'own_divergences:none': own_divergences has no function none "),
+        ("no_such_module:x", "divergence estimator 'no_such_module:x': No module named 'no_such_module'"),
+    ],
+)
+def test_an_estimator_that_is_not_there(own: None, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        divergences.estimator(name)
+
+
+def test_a_wrong_shape_is_refused_in_one_line(own: None) -> None:
+    with pytest.raises(ValueError, match=r"^divergence by_row: expected shape \(4, 6\), got \(4,\)$"):
+        divergences.estimator("own_divergences:by_row")(recorded(spec_fixture()), "tv")

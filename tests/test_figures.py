@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import pytest
+
+from cppo.objectives import params_of, spec
 
 SCRIPTS = Path(__file__).parents[1] / "paper_figures"
 sys.path.insert(0, str(SCRIPTS))  # as for a script run alone
@@ -24,9 +27,9 @@ MAIN: dict[str, dict[str, Any]] = {
     "ppo": {"advantage": "gae"},
     "grpo": {},
     "cispo": {},
-    "dppo": {"settings": {"delta": 0.15}, "divergence": TV},
-    "cppo": {"settings": {"delta_b": 0.02}, "divergence": TV, "params_by_setting": {"moe": {"delta": 0.2}}},
-    "mine": {"objective": "my_module:mine", "settings": {"limit": 0.1}},
+    "dppo": {"params": {"delta": 0.15}, "divergence": TV},
+    "cppo": {"params": {"delta_b": 0.02}, "divergence": TV, "params_by_setting": {"moe": {"delta": 0.2}}},
+    "mine": {"objective": "my_module:mine", "params": {"limit": 0.1}},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "cppo_no_weight": {"w_min": 1.0},
@@ -41,7 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 TITLES = {"base": "Qwen3-100k-Base", "moe": "Qwen3-MoE-225k-Base", "larger": "Qwen3-300k-Base"}
 COLLAPSED = {("cispo", "moe", 0): 17, ("cispo", "moe", 1): 31, ("pg", "base", 1): 23}
-"""(label, setting, seed) -> step of collapse."""
+"""(rule, setting, seed) -> iteration of collapse."""
 STOP, EVERY, SAMPLES, PROBLEMS = 50, 10, 16, {"chain_6": 20, "chain_10": 14, "chain_14": 9}
 
 
@@ -50,70 +53,99 @@ def entries(ablations: bool) -> list[dict[str, Any]]:
     chosen = dict(MAIN)
     if ablations:
         chosen = {name: MAIN[name] for name in ("dppo", "cppo")}
-        chosen |= {name: {"objective": "cppo", "settings": settings} for name, settings in ABLATIONS.items()}
-        chosen["trm_kl"] = {"objective": "trm", "settings": {"delta_max": 0.1, "delta_mean": 0.002}}
+        chosen |= {name: {"objective": "cppo", "params": params} for name, params in ABLATIONS.items()}
+        chosen["trm_kl"] = {"objective": "trm", "params": {"delta_max": 0.1, "delta_mean": 0.002}}
         for name, entry in chosen.items():
             binary = {"estimator": "binary", "kind": "tv", "k": None}
             entry["divergence"] = binary if "binary" in name else {**TV, "kind": "kl" if name.endswith("kl") else "tv"}
-    blank: dict[str, Any] = {
-        "settings": {},
-        "params_by_setting": {},
-        "divergence": None,
-        "advantage": "grpo",
-        "aggregation": "token-mean",
-    }
-    return [{"name": name, "objective": name, **blank, **entry} for name, entry in chosen.items()]
+    return [published(name, **given) for name, given in chosen.items()]
 
 
-def make(folder: Path, seeds: int, settings: Sequence[str] = ("base", "moe"), ablations: bool = False) -> Path:
+def published(name: str, **given: Any) -> dict[str, Any]:
+    """One rule as in suite.json."""
+    blank: dict[str, Any] = {"params": {}, "params_by_setting": {}, "divergence": None, "advantage": "grpo"}
+    rule = {"name": name, "objective": name, **blank, "aggregation": "token-mean", **given}
+    known = ":" not in rule["objective"]
+    return {"traces": list(spec(rule["objective"]).traces) if known else [], **rule}
+
+
+def resolved(rule: dict[str, Any], setting: str, longest: int) -> dict[str, Any]:
+    """A rule's parameters as in configs.json: all of them."""
+    params = {**rule["params"], **rule["params_by_setting"].get(setting, {})}
+    params = {key: longest if value == "max_response_tokens" else value for key, value in params.items()}
+    return asdict(params_of(rule["objective"], **params)) if ":" not in rule["objective"] else params
+
+
+def make(
+    folder: Path,
+    seeds: int,
+    settings: Sequence[str] = ("base", "moe"),
+    ablations: bool = False,
+    rules: list[dict[str, Any]] | None = None,
+) -> Path:
     """Writes the tables of a suite that learned, with two kinds of failure: a fall of the score, and a collapse."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
-    benchmarks = [{"name": name, "steps": 6, "problems": count} for name, count in PROBLEMS.items()]
+    benchmarks = [{"name": name, "size": 6, "problems": count} for name, count in PROBLEMS.items()]
     rollout = {"prompts": 32, "responses": 8, "minibatch": 4, "max_response_tokens": 128}
     plan = {"task": {"benchmarks": benchmarks}, "rollout": rollout, "iterations": STOP, "checkpoint_every": EVERY}
     suite: dict[str, Any] = {
         "seeds": list(range(seeds)),
         "settings": {name: {"title": TITLES[name], **plan} for name in settings},
         "evaluation": {"samples": SAMPLES},
-        "objectives": entries(ablations),
+        "rules": rules or entries(ablations),
     }
     (folder / "suite.json").write_text(json.dumps(suite))
+    configs: dict[str, Any] = {}
     tables: dict[str, list[dict[str, Any]]] = {n: [] for n in ("runs", "scores", "curves", "positions", "tokens")}
     for setting in settings:
         ease = {name: rng.normal(0.4 - n, 0.8, count) for n, (name, count) in enumerate(PROBLEMS.items())}
-        base = {"run": f"b-{setting}", "label": "base", "setting": setting, "seed": 0}
+        configs[f"b-{setting}"] = {"setting_name": setting}
+        base = {"run": f"b-{setting}", "rule": "base", "setting": setting, "seed": 0}
         tables["scores"] += scored(base, 0, -1.0, ease, rng)
-        for number, entry in enumerate(suite["objectives"]):
+        for number, rule in enumerate(suite["rules"]):
             for seed in range(seeds):
-                key = {"run": f"{setting[0]}{number}-{seed}", "label": entry["name"], "setting": setting, "seed": seed}
-                lost = COLLAPSED.get((entry["name"], setting, seed))
-                status = "finished" if lost is None else f"collapsed at step {lost}"
-                tables["runs"].append({**key, "status": status, "iterations": lost or STOP, "code_version": "1e5"})
-                one_run(tables, key, lost, ease, number, rng)
+                key = {"run": f"{setting[0]}{number}-{seed}", "rule": rule["name"], "setting": setting, "seed": seed}
+                params = resolved(rule, setting, rollout["max_response_tokens"])
+                configs[key["run"]] = {"rule": {**rule, "params": params}, "setting_name": setting, "seed": seed}
+                lost = COLLAPSED.get((rule["name"], setting, seed))
+                status = {"status": "finished" if lost is None else "collapsed", "collapsed_at": lost}
+                tables["runs"].append({**key, **status, "iterations": lost or STOP, "numerics": "1"})
+                one_run(tables, key, lost, ease, number, "threshold" in rule["traces"], rng)
+    (folder / "configs.json").write_text(json.dumps(configs))
     for name, rows in tables.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["run", "label"])
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["run", "rule"])
             writer.writeheader()
             writer.writerows(rows)
     return folder
 
 
-def scored(key: dict[str, Any], step: int, skill: float, ease: dict[str, Any], rng: np.random.Generator) -> list[Any]:
+def scored(
+    key: dict[str, Any], iteration: int, skill: float, ease: dict[str, Any], rng: np.random.Generator
+) -> list[Any]:
     """One checkpoint's rows of scores.csv; about one answer in fifty problems could not be judged."""
     rows = []
     for name, level in ease.items():
         for problem, rate in enumerate(1 / (1 + np.exp(-level - skill))):
             lost = int(rng.random() < 0.02)
             correct = int(rng.binomial(SAMPLES - lost, rate))
-            row = {"step": step, "benchmark": name, "problem": f"p{problem}", "correct": correct, "samples": SAMPLES}
+            row = {
+                "iteration": iteration,
+                "benchmark": name,
+                "problem": f"p{problem}",
+                "correct": correct,
+                "samples": SAMPLES,
+            }
             rows.append({**key, **row, "unjudged": lost, "mean_length": 60.5, "truncated": 0})
     return rows
 
 
-def one_run(tables: Any, key: dict[str, Any], lost: int | None, ease: Any, number: int, rng: Any) -> None:
-    """Rows of one run in all tables."""
-    unmasked, cppo = key["label"] in ("pg", "cispo"), key["label"].startswith("cppo")
+def one_run(
+    tables: Any, key: dict[str, Any], lost: int | None, ease: Any, number: int, shows: bool, rng: np.random.Generator
+) -> None:
+    """Rows of one run in all tables; shows: whether its rule has thresholds to show."""
+    unmasked = key["rule"] in ("pg", "cispo")
     start, peak = 12 + 2 * (number % 4) + rng.normal(0, 1), 5.5 - 0.3 * (number % 3)
     for i in range(1, (lost or STOP) + 1):
         skill = -1 + peak / (1 + np.exp(-(i - start) / 5)) - (max(0, i - 25) * 0.2 if unmasked else 0)
@@ -121,8 +153,8 @@ def one_run(tables: Any, key: dict[str, Any], lost: int | None, ease: Any, numbe
         row = {
             "reward": reward, "accuracy": reward, "response_length": 62 + 4 * rng.normal() + (i if unmasked else 0),
             "entropy": 0.3, "divergence": "" if unmasked else 0.01, "mask_share": share,
-            "mask_share_budget": 0.2 * share * rng.random() if cppo else 0, "mask_share_threshold": 0.8 * share,
-            "delta_b": 0.02 + 0.015 * rng.random() * (1 - i / 70) if cppo else "", "grad_norm": 1, "drift": 0.02,
+            "mask_share_budget": 0.2 * share * rng.random() if shows else 0, "mask_share_threshold": 0.8 * share,
+            "delta_b": 0.02 + 0.015 * rng.random() * (1 - i / 70) if shows else "", "grad_norm": 1, "drift": 0.02,
             "relative_logprob_error": float(np.exp(rng.normal(-12 + number / 4, 0.2))),
         }  # fmt: skip
         tables["curves"].append({**key, "iteration": i, **row})
@@ -130,10 +162,10 @@ def one_run(tables: Any, key: dict[str, Any], lost: int | None, ease: Any, numbe
             tables["scores"] += scored(key, i, skill, ease, rng)
             for first in range(1, 100, 8):
                 drift = (0.004 + 0.0004 * first) * (3 if unmasked else 1) * (1 + 0.1 * number) * rng.uniform(0.9, 1.1)
-                bins = {"step": i, "first": first, "last": first + 7, "count": 2000 - 15 * first, "drift": drift}
+                bins = {"iteration": i, "first": first, "last": first + 7, "count": 2000 - 15 * first, "drift": drift}
                 tables["positions"].append({**key, **bins, "tail": 6 * drift})
-            for response in range(3 if cppo else 0):
-                tables["tokens"] += tokens({**key, "step": i, "row": response}, rng)
+            for response in range(3 if shows else 0):
+                tables["tokens"] += tokens({**key, "iteration": i, "row": response}, rng)
 
 
 def tokens(key: dict[str, Any], rng: np.random.Generator) -> list[Any]:
@@ -145,7 +177,7 @@ def tokens(key: dict[str, Any], rng: np.random.Generator) -> list[Any]:
         weighted = weight * float(rng.exponential(0.08 if words[max(t - 2, 0)] == "=" else 0.005))
         adjusted = delta + delta_b * allowed - used
         keep = rng.random() < 0.4 or weighted <= min(delta, adjusted)
-        row = {"position": t, "token": word, "advantage": 1.0, "ratio": 1.1, "weighted": weighted, "delta": delta}
+        row = {"position": t, "token": word, "advantage": 1.0, "ratio": 1.1, "weighted": weighted}
         causes = {"threshold": min(delta, adjusted), "reason": 0 if keep else 2 if weighted <= delta else 1}
         rows.append({**key, **row, "prefix_threshold": adjusted, **causes})
         used, allowed = used + weighted, allowed + weight
@@ -157,7 +189,7 @@ def tokens(key: dict[str, Any], rng: np.random.Generator) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2 settings x 7 objectives x 2 seeds."""
+    """2 settings x 7 rules x 2 seeds."""
     return make(tmp_path_factory.mktemp("two"), 2)
 
 
@@ -177,16 +209,18 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def avg(folder: Path, label: str, setting: str, seed: int) -> dict[int, dict[str, float]]:
-    """Slow scores: step -> benchmark -> Avg@k in percent, with their mean as "avg", from step 0 on."""
+def avg(folder: Path, rule: str, setting: str, seed: int) -> dict[int, dict[str, float]]:
+    """Slow scores: iteration -> benchmark -> Avg@k in percent, with their mean as "avg", from iteration 0 on."""
     parts: dict[int, dict[str, list[float]]] = {}
     for row in rows(folder / "scores.csv"):
-        own = row["label"] == label and int(row["seed"]) == seed
-        if row["setting"] == setting and (own or row["label"] == "base"):
+        own = row["rule"] == rule and int(row["seed"]) == seed
+        if row["setting"] == setting and (own or row["rule"] == "base"):
             rate = 100 * int(row["correct"]) / (int(row["samples"]) - int(row["unjudged"]))
-            parts.setdefault(int(row["step"]), {}).setdefault(row["benchmark"], []).append(rate)
-    means = {step: {name: mean(part) for name, part in benchmark.items()} for step, benchmark in parts.items()}
-    return {step: {**benchmark, "avg": mean(benchmark.values())} for step, benchmark in means.items()}
+            parts.setdefault(int(row["iteration"]), {}).setdefault(row["benchmark"], []).append(rate)
+    means = {
+        iteration: {name: mean(part) for name, part in benchmark.items()} for iteration, benchmark in parts.items()
+    }
+    return {iteration: {**benchmark, "avg": mean(benchmark.values())} for iteration, benchmark in means.items()}
 
 
 @pytest.mark.parametrize(("name", "ablations"), [("main", False), ("ablations", True)])
@@ -207,11 +241,11 @@ def test_every_available_item_is_drawn(name: str, ablations: bool, two: Path, tm
 def test_tables_1_and_4_against_slow_loops(two: Path, tmp_path: Path) -> None:
     assert draw("table1", two, tmp_path) == draw("table4", two, tmp_path) == 0
     table1, table4 = rows(tmp_path / "table1.csv"), rows(tmp_path / "table4.csv")
-    assert [row["label"] for row in table1[:8]] == ["base", *MAIN]
+    assert [row["rule"] for row in table1[:8]] == ["base", *MAIN]
     for first, fourth in zip(table1, table4, strict=True):
-        assert (first["label"], first["setting"]) == (fourth["label"], fourth["setting"])
-        seeds = [0] if first["label"] == "base" else [0, 1]
-        scores = [avg(two, first["label"], first["setting"], seed) for seed in seeds]
+        assert (first["rule"], first["setting"]) == (fourth["rule"], fourth["setting"])
+        seeds = [0] if first["rule"] == "base" else [0, 1]
+        scores = [avg(two, first["rule"], first["setting"], seed) for seed in seeds]
         best = [max(score.values(), key=lambda at: at["avg"]) for score in scores]
         final = [score[max(score)]["avg"] for score in scores]
         for row, column, values in (
@@ -234,36 +268,36 @@ def test_from_5_seeds_on_intervals_ranks_and_improvement(six: Path, tmp_path: Pa
     table = [row for row in rows(tmp_path / "table1.csv") if row["setting"] == "base"]
     finals = {}
     for row in table[1:]:
-        scores = [avg(six, row["label"], "base", seed) for seed in range(6)]
-        finals[row["label"]] = [score[50]["avg"] if 50 in score else -1 for score in scores]
+        scores = [avg(six, row["rule"], "base", seed) for seed in range(6)]
+        finals[row["rule"]] = [score[50]["avg"] if 50 in score else -1 for score in scores]
         bests = [max(at["avg"] for at in score.values()) for score in scores]
         assert float(row["best"]) == pytest.approx(mean(bests), rel=2e-5)
         assert float(row["best_low"]) < float(row["best"]) < float(row["best_high"])
     for row in table[1:]:
-        if row["label"] == "dppo":
+        if row["rule"] == "dppo":
             assert row["final_improvement"] == ""
             continue
-        pairs = [(x > y) + (x == y) / 2 for x in finals[row["label"]] for y in finals["dppo"]]
+        pairs = [(x > y) + (x == y) / 2 for x in finals[row["rule"]] for y in finals["dppo"]]
         assert float(row["final_improvement"]) == pytest.approx(mean(pairs), abs=1e-5)
         assert float(row["final_improvement_low"]) <= mean(pairs) <= float(row["final_improvement_high"])
     lines = (tmp_path / "table1.md").read_text().splitlines()
-    cells = {row["label"]: line.split(" | ") for row, line in zip(table, lines[2:], strict=False)}
+    cells = {row["rule"]: line.split(" | ") for row, line in zip(table, lines[2:], strict=False)}
     order = sorted((row for row in table[1:] if row["collapsed"] == "0"), key=lambda row: -float(row["best"]))
-    assert cells[order[0]["label"]][1].startswith("**") and cells[order[1]["label"]][1].startswith("<u>")
+    assert cells[order[0]["rule"]][1].startswith("**") and cells[order[1]["rule"]][1].startswith("<u>")
     assert sum("**" in line for line in lines) and "(1/6 collapsed)" in cells["pg"][1]
     assert sum(cell.startswith("**") for row in cells.values() for cell in row[1:3]) == 2
     tex = (tmp_path / "table1.tex").read_text()
     assert r"\textbf{" in tex and r"\underline{" in tex and r"\multicolumn{3}{c}{Qwen3-100k-Base}" in tex
-    average = {row["label"]: row["avg"] for row in rows(tmp_path / "table4.csv") if row["setting"] == "base"}
-    assert average == {row["label"]: row["best"] for row in table}  # the same numbers in both tables
+    average = {row["rule"]: row["avg"] for row in rows(tmp_path / "table4.csv") if row["setting"] == "base"}
+    assert average == {row["rule"]: row["best"] for row in table}  # the same numbers in both tables
     assert draw("figure4", six, tmp_path) == 0
 
 
 def test_tables_2_and_3_come_from_the_suite(two: Path, tmp_path: Path) -> None:
     assert draw("table2", two, tmp_path) == draw("table3", two, tmp_path) == 0
-    facts = {row["label"]: row for row in rows(tmp_path / "table2.csv")}
-    assert facts["cppo"]["settings"] == "delta 0.15/0.2, w_min 0.8, delta_b 0.02, adaptive"
-    assert facts["dppo"]["statistic"] == "Top-4 TV from μ" and facts["grpo"]["settings"].endswith("clip_high 0.28")
+    facts = {row["rule"]: row for row in rows(tmp_path / "table2.csv")}
+    assert facts["cppo"]["params"] == "delta 0.15/0.2, w_min 0.8, delta_b 0.02, adaptive"
+    assert facts["dppo"]["statistic"] == "Top-4 TV from μ" and facts["grpo"]["params"].endswith("clip_high 0.28")
     assert facts["mine"]["objective"] == "my_module:mine"
     first, second = rows(tmp_path / "table3.csv")
     assert (first["updates_per_rollout"], first["delta"], second["delta"], first["t_stop"]) == (
@@ -274,19 +308,56 @@ def test_tables_2_and_3_come_from_the_suite(two: Path, tmp_path: Path) -> None:
     )
 
 
+def test_printed_parameters_are_the_runs_not_todays_defaults(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another default in the code, a table of older runs says what they were trained with."""
+    monkeypatch.setattr(spec("grpo").params.__init__, "__defaults__", (0.2, 0.99, None))
+    assert params_of("grpo").clip_high == 0.99
+    assert draw("table2", two, tmp_path) == draw("table3", two, tmp_path) == 0
+    facts = {row["rule"]: row for row in rows(tmp_path / "table2.csv")}
+    assert facts["grpo"]["params"] == "clip_low 0.2, clip_high 0.28"
+
+
+def test_a_rule_of_ones_own_shows_its_thresholds_and_budget(tmp_path: Path) -> None:
+    """Figures 2, 3 and 7 go by traces and parameters, not by the name cppo; a panel each where there are two."""
+    shown = ["weighted", "threshold", "prefix_threshold", "delta_b"]
+    mine = published("mine", objective="my_module:mine", params={"limit": 0.1}, traces=shown, divergence=TV)
+    unbudgeted = published("bare", objective="my_module:mine", params={"delta_b": None}, traces=shown)
+    folder = make(
+        tmp_path, 2, ("base",), rules=[published("grpo"), unbudgeted, mine, published("cppo", **MAIN["cppo"])]
+    )
+    suite = json.loads((folder / "suite.json").read_text())
+    assert {"figure3", "figure7"} <= set(catalog.available(suite))
+    results = importlib.import_module("common").Results(folder)
+    assert importlib.import_module("figure3").shown(results) == ["bare", "cppo"]
+    assert importlib.import_module("figure7").shown(results) == ["mine", "cppo"]
+    for item in ("table2", "figure2", "figure3", "figure7"):
+        assert draw(item, folder) == 0
+    facts = {row["rule"]: row for row in rows(folder / "figures" / "table2.csv")}
+    assert facts["mine"]["params"] == "limit 0.1" and facts["mine"]["objective"] == "my_module:mine"
+    only = make(tmp_path / "only", 2, ("base",), rules=[mine])
+    assert draw("figure3", only) == draw("figure7", only) == 0
+
+
+def test_a_divergence_of_ones_own_is_named(two: Path) -> None:
+    said = importlib.import_module("table2").divergence({"estimator": "my_module:hellinger", "kind": "tv", "k": None})
+    assert said == "hellinger TV from μ"
+
+
 def test_figures_2_and_3_select_by_their_rules(two: Path) -> None:
     results = importlib.import_module("common").Results(two)
     window = importlib.import_module("figure2").last_window(results, "moe", "cispo")
-    last = [r for r in rows(two / "positions.csv") if r["label"] == "cispo" and r["setting"] == "moe"]
-    last = [r for r in last if (r["seed"], r["step"]) in (("0", "10"), ("1", "30")) and r["first"] == "9"]
+    last = [r for r in rows(two / "positions.csv") if r["rule"] == "cispo" and r["setting"] == "moe"]
+    last = [r for r in last if (r["seed"], r["iteration"]) in (("0", "10"), ("1", "30")) and r["first"] == "9"]
     weight = [float(r["count"]) for r in last]
     expected = sum(w * float(r["drift"]) for w, r in zip(weight, last, strict=True)) / sum(weight)
     assert float(window[window["first"] == 9]["drift"].iloc[0]) == pytest.approx(expected)
 
-    shown = importlib.import_module("figure3").window(results)
+    shown = importlib.import_module("figure3").window(results, "cppo")
     responses: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows(two / "tokens.csv"):
-        responses.setdefault((row["run"], row["step"], row["row"]), []).append(row)
+        responses.setdefault((row["run"], row["iteration"], row["row"]), []).append(row)
 
     def rejected(part: list[dict[str, str]]) -> tuple[int, int]:
         return sum(r["reason"] == "2" for r in part), sum(r["reason"] != "0" for r in part)
@@ -305,7 +376,7 @@ def test_figure_7_share_and_training_curves(two: Path) -> None:
     low, high = panels.spread(common.Results(two), values, "any")
     np.testing.assert_allclose((low[:23] + high[:23]) / 2, values[:, :23].mean(axis=0))
     share = importlib.import_module("figure7").budget_share(common.Results(two), "moe", "cppo")
-    own = [r for r in rows(two / "curves.csv") if (r["label"], r["setting"], r["seed"]) == ("cppo", "moe", "1")]
+    own = [r for r in rows(two / "curves.csv") if (r["rule"], r["setting"], r["seed"]) == ("cppo", "moe", "1")]
     expected = [100 * float(r["mask_share_budget"]) / float(r["mask_share"]) for r in own]
     np.testing.assert_allclose(share[1], expected, rtol=1e-12)
 
@@ -332,17 +403,44 @@ def test_a_script_runs_alone_from_anywhere_and_the_catalog_is_light(two: Path, t
 def test_looks_are_fixed_and_distinct(two: Path) -> None:
     common = importlib.import_module("common")
     known = ["base", "pg", "ppo", "grpo", "cispo", "minpro", "trm_max", "trm_avg", "dppo", "cppo"]
-    looks = [common.LOOKS[label] for label in known]
+    looks = [common.LOOKS[rule] for rule in known]
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(known)
     pairs = [(look.color, look.marker) for look in common.LOOKS.values()]
     assert len(set(pairs)) == len(pairs)
     results = common.Results(two)
     assert results.look("cppo") is common.LOOKS["cppo"] and results.name("mine") == "mine"
     assert results.look("mine").color == common.EXTRA[0]
-    results.suite["objectives"].append({"name": "dppo-kl", "objective": "dppo"})
+    results.suite["rules"].append({"name": "dppo-kl", "objective": "dppo"})
     assert results.look("dppo-kl") == common.Look("DPPO KL", common.EXTRA[1], common.EXTRA_MARKERS[1])
     for name in ("typeset", "figure3"):
         assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_report_is_one_page_with_every_item(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = importlib.import_module("report")
+    suite = json.loads((copy / "suite.json").read_text()) | {"description": "Why, & what for."}
+    (copy / "suite.json").write_text(json.dumps(suite))
+    arguments = [str(copy), "--out", str(copy / "runs" / "report.html")]
+    assert report.main(arguments) == 2
+    assert capsys.readouterr().err == f"{copy}/figures/table1.md: No such file or directory; draw the figures first\n"
+    items = catalog.available(suite)
+    names = [name for item in items for name in catalog.files(suite, item)]
+    (copy / "figures").mkdir()
+    for name in names:
+        (copy / "figures" / name).write_text(f"| {name} |\n")
+    assert report.main(arguments) == 0
+    html = (copy / "runs" / "report.html").read_text()
+    assert html.count("<h2>") == len(items) and "<h2>Figure 4: validation curves" in html
+    assert html.count("<img") == sum(name.endswith(".png") for name in names) and html.count("table1.md") == 1
+    assert "Why, &amp; what for." in html and "numerics version 1." in html
+
+
+def test_a_table_as_html() -> None:
+    table = importlib.import_module("report").table
+    assert table("| a | b |\n| --- | --- |\n| **1** [0, 2] | <u>x \\| y</u> |\n\nWhat & why.\n") == (
+        "<table><tr><td>a</td><td>b</td></tr><tr><td><b>1</b> [0, 2]</td><td><u>x | y</u></td></tr></table>"
+        "<p>What &amp; why.</p>"
+    )
 
 
 @pytest.fixture
@@ -357,18 +455,24 @@ def copy(two: Path, tmp_path: Path) -> Iterator[Path]:
     ("item", "file", "old", "new", "message"),
     [
         ("figure4", "suite.json", None, None, "suite.json: No such file"),
-        ("table3", "suite.json", "", "{", "suite.json: not JSON"),
+        ("table3", "suite.json", "", "{", "suite.json: not a JSON object"),
         ("table3", "suite.json", '"seeds"', '"seed"', "suite.json: missing key 'seeds'"),
-        ("figure4", "scores.csv", None, None, "scores.csv: No such file"),
-        ("figure2", "positions.csv", "tail", "tale", "positions.csv: no column 'tail'"),
-        ("figure7", "curves.csv", "delta_b", "delta", "curves.csv: no column 'delta_b'"),
-        ("figure3", "tokens.csv", "weighted", "w", "tokens.csv: no column 'weighted'"),
-        ("table1", "scores.csv", "chain_6,p3,", "chain_6,p3,x", "scores.csv: column 'correct': 'x"),
+        ("figure4", "scores.csv", None, None, "scores.csv: missing"),
+        ("figure2", "positions.csv", "tail", "tale", "positions.csv: column tail is missing"),
+        ("figure7", "curves.csv", "delta_b", "delta", "curves.csv: column delta_b is missing"),
+        ("figure3", "tokens.csv", "weighted", "w", "tokens.csv: column weighted is missing"),
+        ("table1", "scores.csv", "chain_6,p3,", "chain_6,p3,x", "correct: 'x"),
         ("table1", "scores.csv", ",16,0,", ",1,0,", "correct <= samples - unjudged is violated"),
         ("table1", "scores.csv", "pg,base,0,20,chain_6,p3,", "pg,base,0,20,chain_6,p4,", "42 of 43 problems, 1 more"),
         ("table1", "scores.csv", "pg,base,0,20,", "pg,base,9,20,", "run b0-0: seed 9"),
         ("table4", "scores.csv", "dppo,moe,1,50,", "dppo,moe,1,40,", "problems, 43 more than once"),
-        ("table1", "scores.csv", "base,moe,0,0,", "none,moe,0,0,", "no row of label 'base' at step 0 in setting 'moe'"),
+        (
+            "table1",
+            "scores.csv",
+            "base,moe,0,0,",
+            "none,moe,0,0,",
+            "no row of rule 'base' at iteration 0 in setting 'moe'",
+        ),
         (
             "table1",
             "runs.csv",
@@ -379,9 +483,25 @@ def copy(two: Path, tmp_path: Path) -> Iterator[Path]:
         ("table1", "runs.csv", "pg,base,0,", "pg,base,7,", "0 runs of pg in 'base' with seed 0, expected 1"),
         ("figure8", "curves.csv", "pg,base,0,50,", "pg,base,0,49,", "an iteration is given twice"),
         ("figure8", "curves.csv", "pg,base,0,50,", "no,base,0,50,", "finished, but its last iteration is 49 of 50"),
-        ("figure3", "suite.json", '"objective": "cppo"', '"objective": "m:f"', "no run of objective cppo"),
-        ("figure7", "suite.json", '"delta_b": 0.02', '"delta_b": null', "with a prefix budget"),
-        ("figure5", "runs.csv", "", "", "figure5 cannot be drawn: no panel has all its objectives"),
+        (
+            "figure3",
+            "suite.json",
+            '"prefix_threshold"',
+            '"other"',
+            "no rule of the suite shows weighted, threshold, prefix_thr",
+        ),
+        ("figure3", "tokens.csv", ",cppo,", ",pg,", "tokens.csv: no row of a rule that shows weighted"),
+        ("figure7", "suite.json", '"delta_b": 0.02', '"delta_b": null', "no rule of the suite shows delta_b"),
+        ("table2", "configs.json", None, None, "configs.json: No such file"),
+        ("table2", "configs.json", '"name": "dppo"', '"name": "d"', "configs.json: no run of dppo in 'base'"),
+        (
+            "table1",
+            "runs.csv",
+            "pg,base,0,finished,",
+            "pg,base,0,collapsed,",
+            "'collapsed' is neither finished nor collapsed at an iteration",
+        ),
+        ("figure5", "runs.csv", "", "", "figure5 cannot be drawn: no panel has all its rules"),
         ("figure6", "runs.csv", "", "", "the suite has none named cppo_binary, cppo_budget_fixed"),
     ],
 )

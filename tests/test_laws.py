@@ -21,7 +21,7 @@ BEFORE = names()
 
 @dataclass(frozen=True)
 class Bad:
-    """Settings of the bad rules: none."""
+    """Parameters of the bad rules: none."""
 
 
 def keep(tokens: Tokens, surrogate: torch.Tensor) -> Terms:
@@ -158,7 +158,7 @@ def bad_memory(cfg: Bad, tokens: Tokens) -> Terms:
 
 
 @register()
-def bad_unregistered(cfg: Bad, tokens: Tokens) -> Terms:
+def bad_undeclared(cfg: Bad, tokens: Tokens) -> Terms:
     """Reads a divergence without saying so."""
     assert tokens.divergence is not None, "no divergence"
     return hard_gate(tokens.advantages * ratio(tokens), tokens.divergence <= 0.1)
@@ -183,15 +183,15 @@ SCALE, GATE, INPUTS = (
     "gates are shares with a reason",
     "inputs are not modified",
 )
-ONLY_LOGP, PURE, DIVERGENCE = (
+ONLY_LOGP, PURE, DECLARED = (
     "only logp is differentiated",
     "equal inputs give equal terms",
-    "divergence is read as registered",
+    "inputs are read as declared",
 )
 
 BAD: dict[str, Objective] = {name: objective(name) for name in names() if name.startswith("bad_")}
 for _name in BAD:
-    _REGISTRY.pop(_name)
+    _REGISTRY._entries.pop(_name)
 
 EXPECTED: dict[str, set[str]] = {
     "bad_padded_mean": {PADDING, SINGLE},
@@ -210,8 +210,8 @@ EXPECTED: dict[str, set[str]] = {
     "bad_writer": {INPUTS},
     "bad_detached": {ONLY_LOGP, REINFORCE},
     "bad_parameter": {ONLY_LOGP},
-    "bad_memory": {PADDING, ORDER, SPLIT, EMPTY_ROWS, HOLES, SINGLE, HALF, PURE, DIVERGENCE},
-    "bad_unregistered": {DIVERGENCE},
+    "bad_memory": {PADDING, ORDER, SPLIT, EMPTY_ROWS, HOLES, SINGLE, HALF, PURE, DECLARED},
+    "bad_undeclared": {DECLARED},
     "bad_raises": set(LAWS),
 }
 
@@ -239,7 +239,7 @@ class Unguarded(Objective):
     """An `Objective` that lets through what a rule says about padding."""
 
     def __call__(self, tokens: Tokens) -> Terms:
-        terms = self.spec.function(self.settings, tokens)
+        terms = self.spec.function(self.params, tokens)
         return Terms(terms.surrogate, terms.gate.detach(), terms.reason)
 
 
@@ -250,7 +250,7 @@ def test_laws_about_padding_can_fail() -> None:
 
 def test_messages_are_plain() -> None:
     assert check(BAD["bad_raises"])[PADDING] == "KeyError: 'nothing works'"
-    assert check(BAD["bad_unregistered"])[DIVERGENCE] == "no divergence"
+    assert check(BAD["bad_undeclared"])[DECLARED] == "no divergence"
     assert (check(BAD["bad_scale"])[SCALE] or "").startswith("A times")
     assert (check(BAD["bad_sign"])[REINFORCE] or "").startswith("pi = mu: the gradient of A log pi differs by up to")
 
@@ -295,7 +295,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (tmp_path / "halt_rules.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "halt_rules", raising=False)
-    monkeypatch.setattr("cppo.objectives.registry._REGISTRY", {name: spec(name) for name in names()})
+    monkeypatch.setattr(_REGISTRY, "_entries", dict(_REGISTRY._entries))
 
     def command(*arguments: str) -> tuple[int, str, str]:
         code = main(["check", *arguments])
@@ -322,7 +322,7 @@ def test_check_takes_registered_names_and_null(run: Run) -> None:
         (["halt_rules:stop"], "halt_rules has no function stop"),
         (["no_such_module:halt"], "No module named 'no_such_module'"),
         (["cpo"], "unknown objective 'cpo'"),
-        (["cppo", "--set", "detla=0.1"], "detla: unknown setting"),
+        (["cppo", "--set", "detla=0.1"], "detla: unknown parameter"),
         (["cppo", "--set", "delta=much"], "delta: 'much'"),
         (["cppo", "--set", "delta"], "--set delta: expected key=value"),
         (["cppo", "--set", "delta=-1"], "must be above 0"),

@@ -1,6 +1,8 @@
 """The reduction against loops, the metrics by hand, and every error a user can make."""
 
 import itertools
+import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from fixture import AGGREGATIONS, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cppo.loss import Aggregation, batch_denominator, policy_loss
-from cppo.objectives import Terms, Tokens, names, objective, register, params_of, spec
+from cppo.integrations import SampledTokenLoss
+from cppo.loss import Aggregation, batch_denominator, policy_loss, reduce_terms
+from cppo.objectives import Terms, Tokens, names, objective, params_of, register, spec
+from cppo.objectives.registry import _REGISTRY
 
 HORIZON = 20
 
@@ -218,7 +222,7 @@ def test_missing_divergence(name: str) -> None:
 
 
 def test_missing_position() -> None:
-    with pytest.raises(ValueError, match=r"cppo with shuffle=True needs tokens\.position"):
+    with pytest.raises(ValueError, match=r"^objective cppo needs tokens\.position: a permutation"):
         policy_loss(objective("cppo", shuffle=True), replace(TOKENS, position=None))
 
 
@@ -229,7 +233,7 @@ def test_unknown_objective() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_unknown_setting(name: str) -> None:
-    with pytest.raises(ValueError, match=f"detla: unknown setting of objective {name}; known: "):
+    with pytest.raises(ValueError, match=f"detla: unknown parameter of objective {name}; known: "):
         objective(name, detla=0.1)
 
 
@@ -256,7 +260,6 @@ def test_wrong_type(name: str, setting: str, value: object) -> None:
     [
         ("cppo", "delta", 0.0, "above 0"),
         ("cppo", "delta", -0.1, "above 0"),
-        ("cppo", "delta", float("nan"), "above 0"),
         ("cppo", "delta_b", 0.0, "above 0"),
         ("cppo", "cap", -1.0, "above 0"),
         ("cppo", "span", 0, "above 0"),
@@ -292,6 +295,15 @@ def test_wrong_type(name: str, setting: str, value: object) -> None:
 def test_out_of_range(name: str, setting: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{setting}: {value} must be {message}"):
         objective(name, **{setting: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_parameters_are_finite(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^delta: {value} of objective cppo: Input should be a finite number"):
+        objective("cppo", delta=value)
+    if not value > 0:
+        with pytest.raises(ValueError, match=rf"^delta: {value} must be above 0"):
+            spec("cppo").params(delta=value)
 
 
 def test_trm_needs_a_criterion() -> None:
@@ -334,7 +346,7 @@ def test_settings_must_be_a_frozen_dataclass() -> None:
     before = names()
     wrong: list[Any] = [thawed, untyped, plain, nothing]
     for function in wrong:
-        message = f"objective {function.__name__}: annotate its first parameter with a frozen dataclass of settings"
+        message = f"objective {function.__name__}: annotate its first parameter with a frozen dataclass of parameters"
         with pytest.raises(ValueError, match=message):
             register()(function)
     assert names() == before
@@ -377,7 +389,7 @@ def bare(cfg: Near, tokens: Tokens) -> Terms:
 def test_a_plugin_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "near_rules.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("cppo.objectives.registry._REGISTRY", {name: spec(name) for name in names()})
+    monkeypatch.setattr(_REGISTRY, "_entries", dict(_REGISTRY._entries))
     rule = objective("near_rules:near", limit=0.2)
     assert rule.name == "near" and "near" in names()
     tokens = one_row([0.1, 0.3], [1.0, 1.0], [0.0, 0.0])
@@ -389,5 +401,161 @@ def test_a_plugin_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }.items():
         with pytest.raises(ValueError, match=message):
             objective(path)
-    with pytest.raises(ValueError, match="limt: unknown setting of objective near_rules:near"):
+    with pytest.raises(ValueError, match="limt: unknown parameter of objective near_rules:near"):
         objective("near_rules:near", limt=0.2)
+
+
+# Traces and needs -----------------------------------------------------------------------------------------------------
+
+SHOWING = """
+from dataclasses import dataclass, replace
+
+import torch
+from cppo.objectives import Terms, Tokens, register
+from cppo.objectives.ratio import hard_gate, ratio
+
+
+@dataclass(frozen=True)
+class Showing:
+    name: str = "half"
+    shape: str = "row"
+    deep: bool = False
+
+
+def needs(cfg):
+    return ("position", "divergence") if cfg.deep else ()
+
+
+@register(needs=needs, traces=("half", "limit"))
+def showing(cfg: Showing, tokens: Tokens) -> Terms:
+    rho = ratio(tokens)
+    shown = {"row": rho.mean(-1), "token": rho / 2, "column": rho[:, :1], "scalar": rho.sum()}[cfg.shape]
+    return replace(hard_gate(tokens.advantages * rho, torch.ones_like(tokens.mask)), traces={cfg.name: shown})
+"""
+
+
+@pytest.fixture
+def showing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The import path of a user's rule that shows what its parameters say."""
+    (tmp_path / "showing_rules.py").write_text(SHOWING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "showing_rules", raising=False)
+    monkeypatch.setattr(_REGISTRY, "_entries", dict(_REGISTRY._entries))
+    return "showing_rules:showing"
+
+
+HOLES = Tokens(
+    logp=torch.tensor([[0.0, -1.0, torch.nan], [0.5, torch.nan, -0.5], [torch.nan, torch.nan, torch.nan]]),
+    rollout_logp=torch.zeros(3, 3),
+    advantages=torch.ones(3, 3),
+    mask=torch.tensor([[True, True, False], [True, False, True], [False, False, False]]),
+)
+
+
+def test_a_trace_by_token_is_0_outside_the_mask_and_has_no_gradient(showing: str) -> None:
+    leaf = HOLES.logp.clone().requires_grad_()
+    rule = objective(showing, name="limit", shape="token")
+    terms = rule(replace(HOLES, logp=leaf))
+    half = terms.traces["limit"]
+    assert terms.surrogate.requires_grad and not half.requires_grad
+    torch.testing.assert_close(half, torch.where(HOLES.mask, HOLES.logp.exp() / 2, 0))
+    _, metrics = policy_loss(rule, HOLES)
+    assert "limit" not in metrics and "half" not in metrics
+
+
+def test_a_trace_by_response_becomes_a_metric(showing: str) -> None:
+    """Its mean over the responses that have trained tokens: a row without any counts neither above nor below the line."""
+    rule = objective(showing)
+    trace = rule(HOLES).traces["half"]
+    assert trace.shape == (3,) and trace[2] == 0 and not trace.requires_grad
+    _, metrics = policy_loss(rule, HOLES)
+    first, second = (1 + math.exp(-1) + 1) / 3, (math.exp(0.5) + 1 + math.exp(-0.5)) / 3  # padding has ratio 1
+    assert metrics["half"] == (pytest.approx(first + second), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"name": "secret"}, "objective showing: trace secret is not among @register's traces"),
+        ({"shape": "column"}, r"objective showing: trace half: expected shape \(3, 3\) or \(3,\), got \(3, 1\)"),
+        ({"shape": "scalar"}, r"objective showing: trace half: expected shape \(3, 3\) or \(3,\), got \(\)"),
+        ({"deep": True}, r"objective showing needs tokens\.divergence: compute one with cppo\.divergences"),
+    ],
+)
+def test_undeclared_traces_and_missing_needs_are_refused(showing: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        objective(showing, **params)(HOLES)
+
+
+def test_needs_follow_the_parameters(showing: str) -> None:
+    assert objective(showing).needs == frozenset()
+    assert objective(showing, deep=True).needs == {"position", "divergence"}
+    assert objective("cppo").needs == {"divergence"}
+    assert objective("cppo", shuffle=True).needs == {"divergence", "position"}
+    assert {name for name in names() if objective(name).needs} == {"cppo", "dppo", "trm"}
+    given = replace(HOLES, divergence=torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"^objective showing needs tokens\.position: a permutation of 1\.\.T_i"):
+        objective(showing, deep=True)(given)
+
+
+def test_unknown_needs_are_refused_when_the_rule_is_registered() -> None:
+    def rule(cfg: Frozen, tokens: Tokens) -> Terms:
+        raise NotImplementedError
+
+    before = names()
+    with pytest.raises(ValueError, match=r"^objective rule: needs \['entropy'\] is not among divergence, position$"):
+        register(needs=("divergence", "entropy"))(rule)
+    assert names() == before
+
+
+def test_a_sampled_token_loss_refuses_what_it_cannot_give() -> None:
+    """TRL and verl record the sampled token only: no positions, and a divergence only if it is asked for."""
+    binary = {"estimator": "binary", "kind": "tv"}
+    with pytest.raises(
+        ValueError, match=r"^objective cppo needs position with these params, which is not recorded here$"
+    ):
+        SampledTokenLoss.of("cppo", {"shuffle": True}, binary)
+    with pytest.raises(ValueError, match=r"^divergence: objective cppo needs one: "):
+        SampledTokenLoss.of("cppo")
+    assert SampledTokenLoss.of("cppo", {}, binary).objective.needs == {"divergence"}
+
+
+def test_cppos_quantities_are_traces() -> None:
+    """Its thresholds by token and its budget by response, under every parameter."""
+    for params in ({}, {"delta_b": None}, {"adaptive": False}, {"soft": True}):
+        rule = objective("cppo", **params)
+        traces = rule(TOKENS).traces
+        expected = {"weighted", "prefix_threshold", "threshold"} | (
+            {"delta_b"} if params.get("delta_b", 0) == 0 else set()
+        )
+        assert set(traces) == expected <= set(rule.spec.traces)
+        assert all(trace.shape == (TOKENS.mask.shape if name != "delta_b" else (3,)) for name, trace in traces.items())
+        torch.testing.assert_close(traces["threshold"], traces["prefix_threshold"].clamp(max=0.15))
+        _, metrics = policy_loss(rule, TOKENS)
+        assert ("delta_b" in metrics) == ("delta_b" in traces)
+
+
+@pytest.mark.parametrize("part", ["surrogate", "gate", "reason"])
+def test_terms_of_another_shape_are_refused(part: str) -> None:
+    """Also those that would broadcast."""
+
+    def narrow(cfg: object, tokens: Tokens) -> Terms:
+        terms = objective("pg")(tokens)
+        return replace(terms, **{part: getattr(terms, part)[:, :1]})
+
+    rule = replace(objective("pg"), spec=replace(spec("pg"), function=narrow))
+    with pytest.raises(ValueError, match=rf"^objective pg: {part}: expected shape \(3, 4\), got \(3, 1\)$"):
+        rule(TOKENS)
+
+
+def test_a_loss_of_two_components_has_a_denominator_for_each() -> None:
+    """`reduce_terms` is one component: its own mask and denominator, and the sum is the loss."""
+    terms = objective("pg")(TOKENS)
+    first = TOKENS.mask & (torch.arange(4) < 2)
+    second = TOKENS.mask & ~first
+    parts = [reduce_terms(terms, mask, "token-mean", None, count) for mask, count in ((first, 8.0), (second, 2.0))]
+    per_token = -terms.gate * terms.surrogate
+    expected = per_token[first].sum() / 8 + per_token[second].sum() / 2
+    torch.testing.assert_close(sum(parts), expected)
+    whole, _ = policy_loss(objective("pg"), TOKENS)
+    torch.testing.assert_close(reduce_terms(terms, TOKENS.mask, "token-mean", None, None), whole)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import LOOPS, budget, cppo_loop, read
 
-from cppo.objectives import Reason, Tokens, names, objective
-from cppo.objectives.divergence import prefix_sums
+from cppo.objectives import Objective, Reason, Tokens, names, objective, spec
+from cppo.objectives.divergence import position_weight, prefix_sums
 from cppo.objectives.types import padded_like
 
 ATOL = 1e-12
@@ -264,8 +264,13 @@ def test_cppo_without_its_two_ideas_is_dppo_bit_for_bit(seed: int, shape: tuple[
         tokens = cast_to(random_tokens(seed, *shape), dtype)
         ours = objective("cppo", delta=0.03, w_min=1.0, delta_b=None)(tokens)
         theirs = objective("dppo", delta=0.03)(tokens)
-        for one, other in zip(vars(ours).values(), vars(theirs).values(), strict=True):
-            assert torch.equal(one, other)
+        for field in ("surrogate", "gate", "reason"):
+            assert torch.equal(getattr(ours, field), getattr(theirs, field))
+
+
+def unchecked(name: str, **params: Any) -> Objective:
+    """The objective with parameters that need not be finite, which `objective` refuses."""
+    return Objective(spec(name), spec(name).params(**params))
 
 
 def cast_to(tokens: Tokens, dtype: torch.dtype) -> Tokens:
@@ -282,7 +287,7 @@ def test_a_large_budget_is_no_budget(seed: int, shape: tuple[int, int]) -> None:
     largest = float(tokens.divergence.max())
     for delta_b in (largest * (1 + 1e-9), math.inf):
         for adaptive in (True, False):
-            with_budget = objective("cppo", delta=0.03, delta_b=delta_b, adaptive=adaptive)(tokens)
+            with_budget = unchecked("cppo", delta=0.03, delta_b=delta_b, adaptive=adaptive)(tokens)
             without = objective("cppo", delta=0.03, delta_b=None)(tokens)
             assert torch.equal(with_budget.reason, without.reason)
             assert torch.equal(with_budget.gate, without.gate)
@@ -292,7 +297,7 @@ def test_a_large_budget_is_no_budget(seed: int, shape: tuple[int, int]) -> None:
 def test_infinite_thresholds_are_the_policy_gradient(seed: int, shape: tuple[int, int]) -> None:
     tokens = random_tokens(seed, *shape)
     plain = objective("pg")(tokens)
-    for rule in (objective("dppo", delta=math.inf), objective("cppo", delta=math.inf, delta_b=math.inf)):
+    for rule in (unchecked("dppo", delta=math.inf), unchecked("cppo", delta=math.inf, delta_b=math.inf)):
         terms = rule(tokens)
         assert torch.equal(terms.gate, plain.gate) and torch.equal(terms.surrogate, plain.surrogate)
 
@@ -375,3 +380,30 @@ def test_ragged_masks_have_holes_and_empty_rows() -> None:
     last = torch.where(mask, torch.arange(9), -1).amax(-1)
     assert (lengths == 0).any() and (lengths == 1).any() and (last + 1 > lengths).any()
     assert not MANY.mask[:, 0].all() and (MANY.advantages == 0).any()
+
+
+def test_weights_stay_at_w_min_beyond_the_span() -> None:
+    """A padded horizon shorter than a response: the weights fall over it, then stay, instead of going on to fall."""
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    tokens = random_tokens(0, 1, 9, mask)
+    for w_min in (0.8, 0.1):
+        rule = objective("cppo", span=5, w_min=w_min)
+        weight = prefix_sums(rule.params, replace(tokens, divergence=torch.ones_like(tokens.logp))).weighted
+        step = (1 - w_min) / 4
+        expected = [1 - step * t for t in range(5)] + [w_min] * 4
+        torch.testing.assert_close(weight, torch.tensor([expected], dtype=torch.float64))
+    one = prefix_sums(objective("cppo", span=1).params, replace(tokens, divergence=torch.ones_like(tokens.logp)))
+    torch.testing.assert_close(one.weighted[0, :2], torch.tensor([1.0, 0.8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_position_weight(dtype: torch.dtype) -> None:
+    """One function for the rule, the theory and the figures; its span is a number or one of each response."""
+    position = torch.arange(1, 7, dtype=dtype)
+    expected = torch.tensor([1 - 0.2 * min(t / 4, 1) for t in range(6)], dtype=dtype)
+    torch.testing.assert_close(position_weight(position, 5, 0.8), expected)
+    by_row = position_weight(position.expand(2, 6), torch.tensor([[5], [3]]), 0.8)
+    assert by_row.dtype == dtype
+    torch.testing.assert_close(by_row[0], expected)
+    torch.testing.assert_close(by_row[1], torch.tensor([1, 0.9, 0.8, 0.8, 0.8, 0.8], dtype=dtype))
+    assert position_weight(torch.ones(1), 1, 0.5).item() == 1

@@ -1,7 +1,6 @@
 """The suites of the paper's settings hold the paper's numbers, and what `plan` says of a suite is arithmetic."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import table3
@@ -12,7 +11,8 @@ from tiny import DENSE, MOE, ROOT
 
 from cppo.__main__ import main
 from cppo.models.create import create_model
-from cppo.suite.cost import cost, parameters
+from cppo.suite.cost import cost
+from cppo.suite.setting import Model
 from cppo.suite.suite import Suite, load_suite
 
 TABLE3 = """
@@ -36,7 +36,8 @@ def test_the_papers_suite_is_the_papers_table(row: int, paper: Suite) -> None:
     head, *lines = TABLE3.strip().splitlines()
     expected = dict(zip(head.split(","), lines[row].split(","), strict=True))
     results = Results(Path("nowhere"))
-    results.__dict__["suite"] = paper.model_dump(mode="json")
+    results.__dict__["suite"] = paper.published()
+    results.__dict__["configs"] = {run.id: run.model_dump(mode="json") for run in paper.runs()}
     found = table3.row(results, list(paper.settings)[row])
     assert found.keys() == expected.keys()
     for name, text in expected.items():
@@ -48,19 +49,20 @@ def test_the_rest_of_the_papers_protocol(paper: Suite) -> None:
     assert [o.name for o in paper.rules] == "grpo minpro cispo dppo trm_max trm_avg cppo".split()
     assert paper.evaluation.model_dump() == {"samples": 16, "temperature": 0.7, "top_p": 0.95}
     for run in paper.runs():
-        plan, entry = run.setting, run.rule
-        assert plan.task.train.name == "dapo_math_17k"
-        assert [b.name for b in plan.task.benchmarks] == ["aime24", "aime25", "aime26"]
-        assert (plan.optimizer.lr, plan.optimizer.warmup_updates, plan.rollout.temperature) == (1e-6, 0, 1.0)
-        assert plan.checkpoint_every == 10 and plan.scale is not None and plan.scale.precision == "bfloat16"
-        assert plan.scale.engine == ("verl" if run.setting_name == "qwen3_30b_a3b_base" else "vllm")
-        assert (entry.advantage, entry.aggregation, entry.anchor) == ("dr_grpo", "seq-mean-token-sum-norm", "rollout")
+        setting, rule = run.setting, run.rule
+        assert setting.task.train.name == "dapo_math_17k"
+        assert [b.name for b in setting.task.benchmarks] == ["aime24", "aime25", "aime26"]
+        assert (setting.optimizer.lr, setting.optimizer.warmup_updates, setting.rollout.temperature) == (1e-6, 0, 1.0)
+        assert setting.checkpoint_every == 10 and setting.scale is not None and setting.scale.precision == "bfloat16"
+        by_verl = run.setting_name == "qwen3_30b_a3b_base"
+        assert (setting.trainer, setting.engine) == ("verl" if by_verl else "builtin", "vllm")
+        assert (rule.advantage, rule.aggregation, rule.anchor) == ("dr_grpo", "seq-mean-token-sum-norm", "rollout")
         if run.rule_name in ("dppo", "cppo"):
-            assert entry.params["delta"] == (0.2 if run.setting_name == "qwen3_30b_a3b_base" else 0.15)
+            assert rule.params["delta"] == (0.2 if run.setting_name == "qwen3_30b_a3b_base" else 0.15)
             # verl records the sampled token only, a stated departure from the paper's Top-20.
             sampled = run.setting_name == "qwen3_30b_a3b_base"
-            assert entry.divergence is not None and entry.divergence.kind == "tv"
-            assert (entry.divergence.estimator, entry.divergence.k) == (("binary", None) if sampled else ("top_k", 20))
+            assert rule.divergence is not None and rule.divergence.kind == "tv"
+            assert (rule.divergence.estimator, rule.divergence.k) == (("binary", None) if sampled else ("top_k", 20))
 
 
 @pytest.mark.parametrize(("figure", "setting"), [(5, "qwen3_1_7b"), (6, "qwen3_1_7b_base")])
@@ -71,14 +73,14 @@ def test_the_ablations_share_the_papers_runs(figure: int, setting: str, paper: S
         ("dppo", setting),
         ("cppo", setting),
     ]
-    assert f"figure{figure}" in available(suite.model_dump(mode="json"))
+    assert f"figure{figure}" in available(suite.published())
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE, DENSE.model_copy(update={"tied": False})])
-def test_parameters_are_those_of_the_created_model(model: Any) -> None:
+def test_parameters_are_those_of_the_created_model(model: Model) -> None:
     """Counted in closed form, without making the model; of the active ones only the experts differ."""
-    made = create_model(model, "tiny")
-    total, active = parameters(model)
+    made = create_model(model, "tiny", 17)
+    total, active = model.parameters(17)
     assert total == sum(p.numel() for p in made.parameters())
     unused = model.layers * 3 * model.hidden_size * model.intermediate_size * (model.experts - model.experts_per_token)
     assert total - active == unused
@@ -102,7 +104,7 @@ def test_cost_is_tokens_times_parameters(paper: Suite) -> None:
 def test_plan_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(ROOT / "config" / "paper.yaml"), "--results", str(ROOT / "results")]) == 0
     said = capsys.readouterr().out
-    assert "4 settings x 7 objectives x 1 seeds = 28 runs" in said and "69 jobs" in said
+    assert "4 settings x 7 rules x 1 seeds = 28 runs" in said and "69 jobs" in said
     assert "at 35% of the peak" in said and "989 teraflops" in said and "GPU hours in all: 22,0" in said
     assert main(["plan", str(ROOT / "config" / "mini.yaml"), "--results", str(ROOT / "results")]) == 0
     said = capsys.readouterr().out

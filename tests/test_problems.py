@@ -13,28 +13,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cppo import problems as module
 from cppo.models.create import UNK, create_tokenizer
-from cppo.suite.config import Benchmark, Task
-from cppo.tasks.chain import (
-    OPERANDS,
-    SPECIAL,
-    VOCABULARY,
-    Chain,
-    NoisyTable,
-    demonstrations,
-    make_problems,
-    noisy_table,
-    random_chain,
-)
-from cppo.tasks.types import problem, read_problems, write_problems
+from cppo.tasks import chain as module
+from cppo.tasks.chain import OPERANDS, Chain, ChainTask, apply, random_chain
+from cppo.tasks.noise import NoisyTable
+from cppo.tasks.types import SPECIAL, Problem, SizedBenchmark, problem, read_problems, write_problems
 
-TASK = Task(
-    steps=(3, 5, 8),
+
+def held_out(name: str, size: int, problems: int) -> SizedBenchmark:
+    return SizedBenchmark(name=name, size=size, problems=problems)
+
+
+TASK = ChainTask(
+    family="chain",
+    sizes=(3, 5, 8),
     problems=200,
     weak=0.25,
-    benchmarks=(Benchmark(name="short", steps=1, problems=30), Benchmark(name="long", steps=20, problems=10)),
+    benchmarks=(held_out("short", 1, 30), held_out("long", 20, 10)),
 )
+VOCABULARY = TASK.vocabulary
+
+
+def make_problems(task: ChainTask, setting_name: str) -> dict[str, tuple[Problem, ...]]:
+    return task.load(setting_name)[0]
 
 
 def evaluate(question: str) -> list[int]:
@@ -72,14 +73,14 @@ def test_the_documented_example() -> None:
 
 def test_vocabulary_is_distinct_and_has_the_special_tokens_first() -> None:
     assert len(set(VOCABULARY)) == len(VOCABULARY) == 40 and VOCABULARY[:3] == SPECIAL
-    tokenizer = create_tokenizer()
+    tokenizer = create_tokenizer(VOCABULARY)
     assert [tokenizer.convert_tokens_to_ids(text) for text in VOCABULARY] == list(range(len(VOCABULARY)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6, 20])
 def test_questions_and_responses_survive_the_tokenizer(steps: int) -> None:
     """No unknown token, the same text back, and the lengths that the configuration counts on."""
-    tokenizer = create_tokenizer()
+    tokenizer = create_tokenizer(VOCABULARY)
     for chain in chains(20, steps):
         for text, length in ((chain.question, 3 * steps + 2), (chain.response(chain.results()), 6 * steps + 3)):
             ids = tokenizer(text).input_ids
@@ -88,7 +89,7 @@ def test_questions_and_responses_survive_the_tokenizer(steps: int) -> None:
 
 
 def test_foreign_characters_are_unknown_not_lost() -> None:
-    ids = create_tokenizer()("a1?\\b\n").input_ids
+    ids = create_tokenizer(VOCABULARY)("a1?\\b\n").input_ids
     assert ids == [VOCABULARY.index("a"), VOCABULARY.index("1"), UNK, UNK, VOCABULARY.index("b"), UNK]
 
 
@@ -172,17 +173,22 @@ def test_ids_are_hashes_of_question_and_answer() -> None:
 def test_too_few_distinct_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that names the set, instead of duplicates or a loop without end."""
     monkeypatch.setattr(module, "random_chain", lambda steps, rng: Chain(int(rng.integers(2)), (("+", 1),) * steps))
-    task = Task(steps=(1,), problems=2, weak=0.0, benchmarks=(Benchmark(name="held", steps=1, problems=1),))
-    with pytest.raises(ValueError, match=r"^task: train: only 1 distinct chains of \(1,\) steps, 2 asked for$"):
+    task = ChainTask(family="chain", sizes=(1,), problems=2, weak=0.0, benchmarks=(held_out("held", 1, 1),))
+    says = r"^task: train: there are only 1 distinct problems of sizes 1, 2 are asked for$"
+    with pytest.raises(ValueError, match=says):
         make_problems(task, "base")
 
 
 # The noisy table ------------------------------------------------------------------------------------------------------
 
 
+def table_of(weak: float, setting_name: str) -> NoisyTable[module.Step]:
+    return TASK.model_copy(update={"weak": weak}).table(setting_name)
+
+
 def test_noisy_table() -> None:
     """All 230 entries; a share `weak` of them weak; what is shown wrongly is wrong, and spread over the other digits."""
-    table = noisy_table(0.25, "base")
+    table = table_of(0.25, "base")
     entries = {(operator, a, b) for operator, operands in OPERANDS.items() for a in range(10) for b in operands}
     assert len(entries) == 230 and table.right.keys() == table.wrong.keys() == entries
     weak = [r for r in table.right.values() if r != 0.99]
@@ -194,31 +200,31 @@ def test_noisy_table() -> None:
 
 
 def test_noisy_table_depends_on_setting_and_share() -> None:
-    table = noisy_table(0.25, "base")
-    assert noisy_table(0.25, "base") == table != noisy_table(0.25, "moe")
-    assert set(noisy_table(0.0, "base").right.values()) == {0.99}
-    assert all(r < 0.7 for r in noisy_table(1.0, "base").right.values())
+    table = table_of(0.25, "base")
+    assert table_of(0.25, "base") == table != table_of(0.25, "moe")
+    assert set(table_of(0.0, "base").right.values()) == {0.99}
+    assert all(r < 0.7 for r in table_of(1.0, "base").right.values())
 
 
 def test_slips_are_carried_on() -> None:
     """With every entry always wrong, each step starts from the wrong result before it."""
-    table = noisy_table(0.25, "base")
-    wrong = NoisyTable(dict.fromkeys(table.right, 0.0), table.wrong)
+    table = table_of(0.25, "base")
+    wrong = NoisyTable(apply, dict.fromkeys(table.right, 0.0), table.wrong)
     for chain in chains(20, 6):
         a, expected = chain.start, []
         for operator, b in chain.steps:
             a = table.wrong[operator, a, b]
             expected.append(a)
-        assert wrong.results(chain, np.random.default_rng(0)) == expected
+        assert chain.noisy_results(wrong, np.random.default_rng(0)) == expected
 
 
 def test_demonstrations_follow_the_table() -> None:
     """Each entry is shown right at its rate (five standard deviations), else as its one wrong digit, and carried on."""
-    table = noisy_table(TASK.weak, "base")
+    table = TASK.table("base")
     right: Counter[tuple[str, int, int]] = Counter()
     shown: Counter[tuple[str, int, int]] = Counter()
     lengths: Counter[int] = Counter()
-    for question, response in itertools.islice(demonstrations(TASK, "base"), 3000):
+    for question, response in itertools.islice(TASK.demonstrations("base"), 3000):
         steps, boxed = claims(response)
         lengths[len(steps)] += 1
         asked = re.findall(r"([a-t])([-+*])(\d)", question)
@@ -240,7 +246,7 @@ def test_demonstrations_follow_the_table() -> None:
 
 
 def test_demonstrations_are_reproducible() -> None:
-    first, again, other = (list(itertools.islice(demonstrations(TASK, s), 5)) for s in ("base", "base", "moe"))
+    first, again, other = (list(itertools.islice(TASK.demonstrations(s), 5)) for s in ("base", "base", "moe"))
     assert first == again != other
 
 

@@ -32,12 +32,11 @@ from cppo.__main__ import main
 from cppo.evaluation.evaluate import read_scores
 from cppo.models.load import load_pretrained, load_tokenizer
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import MathTask
 from cppo.suite.suite import Suite
 from cppo.system.seeds import uniforms
-from cppo.tasks.prompts import prompt_ids, short_enough, wording
+from cppo.tasks.math import MathTask
 from cppo.tasks.types import Problem, read_problems
-from cppo.training.base_model import published
+from cppo.training.base_model import make_base
 
 
 def changed(raw: dict[str, Any], **task: Any) -> MathTask:
@@ -52,7 +51,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     raw = raw_suite(data, checkpoint)
     task, tokenizer = changed(raw), make_tokenizer()
     asked = [*QUESTIONS, "Alice has $3$ hats. How many?", "Bob has $5$ hats. How many?", "Halve $6$."]
-    make_checkpoint(checkpoint, [prompt_ids(task, tokenizer, question) for question in asked])
+    make_checkpoint(checkpoint, [task.prompt_ids(tokenizer, question) for question in asked])
     return raw
 
 
@@ -75,22 +74,22 @@ def trained(raw: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_the_base_is_the_checkpoint_itself(raw: dict[str, Any], trained: tuple[Suite, Path]) -> None:
     suite, root = trained
     folder = root / suite.bases()[0].folder
-    link = folder / "checkpoints" / "step-0"
+    link = folder / "checkpoints" / "iteration-0"
     assert link.is_symlink() and link.resolve() == Path(raw["settings"]["tiny"]["model"]["name"]).resolve()
     sums = json.loads((folder / "source.json").read_text())["sha256"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(sums)
     done = json.loads((folder / "DONE").read_text())
-    assert done == {"status": "finished", "steps": 0, "problems": len(TRAIN), "too_long": 0}
+    assert done == {"iterations": 0, "collapsed_at": None, "problems": len(TRAIN), "too_long": 0}
 
 
 def test_training_learns_from_right_and_wrong_answers_and_keeps_the_tokenizer(trained: tuple[Suite, Path]) -> None:
     suite, root = trained
-    base = root / suite.bases()[0].folder / "checkpoints" / "step-0"
+    base = root / suite.bases()[0].folder / "checkpoints" / "iteration-0"
     for run in suite.runs():
         rows = [json.loads(line) for line in (root / run.folder / "metrics.jsonl").read_text().splitlines()]
         assert len(rows) == 2 and any(row["grad_norm"] for row in rows)
         assert all(0 < row["accuracy"] < 1 and row["unjudged"] == 0 for row in rows)
-        last = root / run.folder / "checkpoints" / "step-2"
+        last = root / run.folder / "checkpoints" / "iteration-2"
         before, after = load_tokenizer(base), load_tokenizer(last)
         assert before.get_vocab() == after.get_vocab() and after.chat_template == TEMPLATE
         assert after.eos_token == "<|im_end|>"
@@ -99,17 +98,17 @@ def test_training_learns_from_right_and_wrong_answers_and_keeps_the_tokenizer(tr
 
 
 def test_scores_are_those_of_the_same_prompts_judged_by_eye(trained: tuple[Suite, Path]) -> None:
-    """GradedRollouts again without lm-eval, with the prompts of training; 6/2 is 3, and the text answer is never given."""
+    """Sampled again without lm-eval, with the prompts of training; 6/2 is 3, and the text answer is never given."""
     suite, root = trained
     config = suite.bases()[0]
     folder, task = root / config.folder, config.setting.task
-    model, tokenizer = (load(folder / "checkpoints" / "step-0") for load in (load_pretrained, load_tokenizer))
+    model, tokenizer = (load(folder / "checkpoints" / "iteration-0") for load in (load_pretrained, load_tokenizer))
     expected = {}
     for benchmark in task.benchmarks:
         for problem in read_problems(root / config.data / f"{benchmark.name}.jsonl"):
             axes = ("evaluate", config.setting_name, 0, benchmark.name, problem.id)
             noise = torch.cat([uniforms(1, 8, *axes, n) for n in range(8)])
-            prompts = [prompt_ids(task, tokenizer, problem.question)] * 8
+            prompts = [task.prompt_ids(tokenizer, problem.question)] * 8
             responses = TorchEngine(model).generate(prompts, noise, 0.7, 0.95).responses
             right = "\\boxed{3}" if problem.answer == "\\frac{6}{2}" else f"\\boxed{{{problem.answer}}}"
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -118,7 +117,7 @@ def test_scores_are_those_of_the_same_prompts_judged_by_eye(trained: tuple[Suite
     assert found == expected
     assert len(found) == 5 and 0 < sum(found.values()) < 8 * 5
     scores = pd.read_csv(root / "suite" / "scores.csv")
-    assert len(scores) == 5 * (1 + 2 * 2) and set(scores["label"]) == {"base", "cppo", "grpo"}
+    assert len(scores) == 5 * (1 + 2 * 2) and set(scores["rule"]) == {"base", "cppo", "grpo"}
     assert (scores["unjudged"] == 0).all()
 
 
@@ -129,7 +128,7 @@ def test_lm_eval_asks_what_training_asks(trained: tuple[Suite, Path]) -> None:
     manager = TaskManager(include_path=str(root / config.data / "lm_eval"), include_defaults=False)
     loaded = manager.load_task_or_group(["math500"])["math500"]
     docs = list(loaded.test_docs())
-    assert [loaded.doc_to_text(doc) for doc in docs] == [wording(config.setting.task, doc["question"]) for doc in docs]
+    assert [loaded.doc_to_text(doc) for doc in docs] == [config.setting.task.wording(doc["question"]) for doc in docs]
     assert loaded.doc_to_text(docs[0]) == f"Halve $6$.\n{INSTRUCTION}"
 
 
@@ -137,7 +136,7 @@ def test_prompts_follow_the_setting(raw: dict[str, Any]) -> None:
     tokenizer = make_tokenizer()
 
     def text(**task: Any) -> str:
-        return str(tokenizer.decode(prompt_ids(changed(raw, **task), tokenizer, "Why?")))
+        return str(tokenizer.decode(changed(raw, **task).prompt_ids(tokenizer, "Why?")))
 
     asked = f"Why?\n{INSTRUCTION}"
     assert text() == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
@@ -149,12 +148,12 @@ def test_prompts_follow_the_setting(raw: dict[str, Any]) -> None:
 def test_longer_prompts_are_left_out(raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = make_tokenizer()
     problems = tuple(Problem(str(n), "apples " * n, "3", "x", 0) for n in range(1, 6))
-    lengths = [len(prompt_ids(changed(raw), tokenizer, p.question)) for p in problems]
+    lengths = [len(changed(raw).prompt_ids(tokenizer, p.question)) for p in problems]
     assert lengths == sorted(set(lengths))
-    assert short_enough(changed(raw, max_prompt_tokens=lengths[2]), tokenizer, problems) == problems[:3]
-    assert "2 of 5 training problems left out" in capsys.readouterr().err
+    assert changed(raw, max_prompt_tokens=lengths[2]).short_enough(tokenizer, problems) == problems[:3]
+    assert "2 of 5 training problems are left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"max_prompt_tokens: every training prompt is longer than 3 tokens"):
-        short_enough(changed(raw, max_prompt_tokens=3), tokenizer, problems)
+        changed(raw, max_prompt_tokens=3).short_enough(tokenizer, problems)
 
 
 def edit(folder: Path, file: str, **keys: Any) -> None:
@@ -174,7 +173,7 @@ BROKEN = {
     ),
     "no language model": (
         lambda f: edit(f, "config.json", architectures=["Qwen3ForSequenceClassification"]),
-        r"architectures \['Qwen3ForSequenceClassification'\] is no causal language model",
+        r"architectures \['Qwen3ForSequenceClassification'\] is not a causal language model",
     ),
     "no end token": (lambda f: edit(f, "tokenizer_config.json", eos_token=None), r"the tokenizer has no end token"),
     "no chat template": (
@@ -200,7 +199,7 @@ def test_a_checkpoint_that_cannot_be_trained_is_one_line(case: str, raw: dict[st
     raw = raw | {"settings": {"tiny": raw["settings"]["tiny"] | {"model": {"name": str(tmp_path / "model")}}}}
     suite = write_suite(tmp_path / "suite.yaml", raw)
     with pytest.raises(ValueError, match=says) as caught:
-        published(suite.bases()[0], (), tmp_path / "base")
+        make_base(suite.bases()[0], (), tmp_path / "base")
     assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "base" / "DONE").exists()
 
@@ -278,11 +277,53 @@ def test_a_training_problem_of_a_benchmark_is_not_trained_on(raw: dict[str, Any]
     assert [p.question for p in read_problems(tmp_path / config.data / "train.jsonl")] == QUESTIONS
 
 
+def test_a_suite_of_ones_own_files_runs_end_to_end(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Family file from data to tables by the command line: JSON lines to train on, Parquet to score, chosen columns."""
+    rows = [{"prompt": question, "solution": "35"[n % 2]} for n, question in enumerate(QUESTIONS)]
+    train, held = (
+        write_rows(tmp_path, name, part, kind)
+        for name, part, kind in (("train", rows[:8], "jsonl"), ("held", rows[8:], "parquet"))
+    )
+    task = {
+        "family": "file",
+        "train": {"path": str(train)},
+        "benchmarks": [{"name": "apples", "path": str(held), "problems": 3}],
+        "columns": {"question": "prompt", "answer": "solution"},
+        **{key: raw["settings"]["tiny"]["task"][key] for key in ("prompt", "instruction", "max_prompt_tokens")},
+    }
+    own = raw | {"settings": {"tiny": raw["settings"]["tiny"] | {"task": task}}, "rules": raw["rules"][:1]}
+    suite, root = write_suite(tmp_path / "suite.yaml", own), tmp_path / "runs"
+    common = ["--suite", str(tmp_path / "suite.yaml"), "--root", str(root)]
+    (run,) = suite.runs()
+    for command in ("data", "base"):
+        assert main([command, *common, "--setting", "tiny"]) == 0
+    assert main(["train", *common, "--run", run.id]) == 0
+    for config in (*suite.bases(), run):
+        assert main(["evaluate", str(root / config.folder)]) == 0
+    assert main(["collect", *common]) == 0
+    scores = pd.read_csv(root / "suite" / "scores.csv")
+    assert len(scores) == 3 * 3 and set(scores["benchmark"]) == {"apples"} and 0 < scores["correct"].sum() < 8 * 9
+    assert [p.question for p in read_problems(root / run.base.data / "apples.jsonl")] == QUESTIONS[8:11]
+
+    # The same name with other problems: refused once there is a base model, because the run's id would not tell.
+    assert main(["data", *common, "--setting", "tiny"]) == 0
+    write_rows(tmp_path, "train", rows[:7], "jsonl")
+    capsys.readouterr()
+    assert main(["data", *common, "--setting", "tiny"]) == 2
+    assert (
+        "the file of train has changed since the base model was made; give the new one another"
+        in capsys.readouterr().err
+    )
+    assert len(read_problems(root / run.base.data / "train.jsonl")) == 8
+
+
 def test_tables_and_figures_can_be_drawn(trained: tuple[Suite, Path], tmp_path: Path) -> None:
     """Every item that the workflow would draw of such a suite, from the tables of a real run of it."""
     suite, root = trained
-    items = available(suite.model_dump(mode="json"))
+    items = available(suite.published())
     assert {"table1", "table3", "table4", "figure2", "figure3", "figure4", "figure7", "figure8"} <= set(items)
     for item in items:
         assert importlib.import_module(item).main([str(root / "suite"), "--out", str(tmp_path)]) == 0
-        assert all((tmp_path / file).stat().st_size for file in files(suite.model_dump(mode="json"), item))
+        assert all((tmp_path / file).stat().st_size for file in files(suite.published(), item))

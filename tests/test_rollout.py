@@ -18,7 +18,7 @@ from cppo.rollout.sampling import sample
 from cppo.rollout.start import start_engine
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import Record
-from cppo.suite.config import Model, Scale
+from cppo.suite.setting import Model, Scale
 from cppo.system.seeds import uniforms
 
 PROMPTS = ["3a-8>", "3a-8>", "1a+2b*3>", "7a*9b-1c+5>", "1a+2b*3>"]  # three lengths, repeats

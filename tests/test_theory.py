@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cppo import theory as th
+from cppo import theory_search as ts
 from cppo.objectives import Tokens, objective
 from cppo.objectives.divergence import CPPO, prefix_sums
 
@@ -221,7 +222,7 @@ def test_proposition_4(seed: int) -> None:
 def test_theorem_1_with_any_weights_and_caps_it_allows(seed: int) -> None:
     one = case(seed)
     weights, caps = falling_weights(one), one.delta * one.uniform(0.2, 2, one.horizon)
-    pair = th.project_paths(one.pair, weights, caps, one.delta_b)
+    pair = ts.project_paths(one.pair, weights, caps, one.delta_b)
     paths = th.enumerate_paths(pair)
     assert (weights * paths.divergence <= caps).all()
     assert (paths.spent(weights) <= one.delta_b * weights.cumsum(0) * (1 + 1e-12))[..., :-1].all()
@@ -233,7 +234,7 @@ def test_proposition_8_with_any_weights_and_caps_it_allows(seed: int) -> None:
     one = case(seed)
     weights, caps = falling_weights(one), one.delta * one.uniform(0.2, 2, one.horizon)
     eta = float(one.uniform(0, 2, 1)) * one.delta
-    paths = th.enumerate_paths(th.project_means(one.pair, weights, caps, one.delta_b, eta))
+    paths = th.enumerate_paths(ts.project_means(one.pair, weights, caps, one.delta_b, eta))
     assert (weights * paths.divergence <= caps).all()
     assert (th.mean_slack(paths, weights, one.delta_b) <= eta * (1 + 1e-12)).all()
     check(one, paths, th.proposition8(one.horizon, (caps / weights).max(), one.delta_b, eta, weights[0]))
@@ -244,7 +245,7 @@ def test_corollaries_and_equation_18(seed: int) -> None:
     """Each on pairs projected into its set; membership is read from the paths, not from the projection."""
     one = case(seed)
     w, delta, delta_b = one.weights, one.delta * (1 + 1e-12), one.delta_b * (1 + 1e-12)
-    claims = th.set_claims(one.horizon, one.delta, one.delta_b, one.w_min)
+    claims = ts.set_claims(one.horizon, one.delta, one.delta_b, one.w_min)
     paths = {name: th.enumerate_paths(claim.project(one.pair)) for name, claim in claims.items()}
     assert (paths["uniform"].divergence <= delta).all()
     assert (paths["corollary6"].divergence <= delta).all()
@@ -265,14 +266,14 @@ def test_corollaries_and_equation_18(seed: int) -> None:
 def test_every_statement_with_the_smallest_constants_of_a_pair(seed: int) -> None:
     one = case(seed)
     paths = th.enumerate_paths(one.pair)
-    for claim in th.sharp_claims(one.horizon, one.w_min).values():
+    for claim in ts.sharp_claims(one.horizon, one.w_min).values():
         check(one, paths, claim.bound(paths))
 
 
 @pytest.mark.parametrize("name", ["uniform", "corollary6", "corollary7", "proposition8", "mask", "equation18"])
 def test_projections_change_only_what_they_must(name: str) -> None:
     """A pair inside stays as it is; a distribution that moves ends on its own limit (mean budgets: its instance does)."""
-    claim = th.set_claims(4, 0.1, 0.04, 0.7)[name]
+    claim = ts.set_claims(4, 0.1, 0.04, 0.7)[name]
     pair = th.random_pair(200, 2, 4, torch.Generator().manual_seed(1))
     once = claim.project(pair)
     for a, b in zip(once.pi, claim.project(once).pi, strict=True):
@@ -373,10 +374,10 @@ FLOORS = {
 @pytest.mark.parametrize("horizon", [2, 3, 4])
 @pytest.mark.parametrize("name", FLOORS)
 def test_adversarial_instances_stay_within_the_bounds_and_reach_them(name: str, horizon: int) -> None:
-    claim = th.sharp_claims(horizon, 0.8)[name]
+    claim = ts.sharp_claims(horizon, 0.8)[name]
     g = torch.Generator().manual_seed(horizon)
-    found = th.search(claim, 2, horizon, g, restarts=8, steps=80)
-    sampled = th.best(claim, th.random_pair(500, 2, horizon, g))
+    found = ts.search(claim, 2, horizon, g, restarts=8, steps=80)
+    sampled = ts.best(claim, th.random_pair(500, 2, horizon, g))
     largest = max((found, sampled), key=lambda f: f.ratio)
     assert FLOORS[name][horizon - 2] < largest.ratio <= 1 + ATOL
     paths = th.enumerate_paths(largest.pair)
@@ -390,8 +391,8 @@ def test_adversarial_instances_stay_within_the_bounds_and_reach_them(name: str, 
     ("name", "floor"), {"uniform": 0.92, "corollary6": 0.69, "corollary7": 0.69, "mask": 0.2}.items()
 )
 def test_adversarial_instances_of_the_sets_with_the_papers_settings(name: str, floor: float) -> None:
-    claim = th.set_claims(3, 0.15, 0.02, 0.8)[name]
-    found = th.search(claim, 2, 3, torch.Generator().manual_seed(0), restarts=8, steps=80)
+    claim = ts.set_claims(3, 0.15, 0.02, 0.8)[name]
+    found = ts.search(claim, 2, 3, torch.Generator().manual_seed(0), restarts=8, steps=80)
     paths = th.enumerate_paths(found.pair)
     residual, bound = th.worst_residual(paths), claim.bound(paths)
     assert floor < found.ratio <= 1 + ATOL
@@ -403,8 +404,8 @@ def test_wrong_constants_are_seen() -> None:
     horizon, w_min = 3, 0.8
     g = torch.Generator().manual_seed(0)
     w = th.linear_weights(horizon, w_min)
-    sharp = th.sharp_claims(horizon, w_min)
-    paths = th.enumerate_paths(th.search(sharp["theorem1"], 2, horizon, g, restarts=8, steps=80).pair)
+    sharp = ts.sharp_claims(horizon, w_min)
+    paths = th.enumerate_paths(ts.search(sharp["theorem1"], 2, horizon, g, restarts=8, steps=80).pair)
     residual, lbar, delta_b = th.worst_residual(paths), paths.max_divergence.amax(-1), th.path_budget(paths, w)
     assert kept(residual, th.theorem1(horizon, lbar, delta_b))
     for wrong in (
@@ -414,8 +415,8 @@ def test_wrong_constants_are_seen() -> None:
         th.theorem1(horizon, lbar, 0.9 * delta_b),
     ):
         assert not kept(residual, wrong)
-    claim = th.set_claims(2, 0.15, 0.02, 0.8)["corollary7"]
-    paths = th.enumerate_paths(th.search(claim, 2, 2, g, restarts=8, steps=80).pair)
+    claim = ts.set_claims(2, 0.15, 0.02, 0.8)["corollary7"]
+    paths = th.enumerate_paths(ts.search(claim, 2, 2, g, restarts=8, steps=80).pair)
     assert kept(th.worst_residual(paths), claim.bound(paths))
     assert not kept(th.worst_residual(paths), th.corollary6(2, 0.15, 0.02))  # delta instead of delta/w_min
 
@@ -454,7 +455,7 @@ def test_the_masks_slack_is_at_most_delta(seed: int, adaptive: bool) -> None:
     largest = 2 * one.delta_b if adaptive else one.delta_b
     w = one.weights
     earlier = w.cumsum(0) - w
-    for pair in (one.pair, th.project_mask(one.pair, w, one.delta, one.delta_b)):
+    for pair in (one.pair, ts.project_mask(one.pair, w, one.delta, one.delta_b)):
         paths = th.enumerate_paths(pair)
         tokens = tokens_of(paths)
         sums = prefix_sums(CPPO(**cfg), tokens)
@@ -489,7 +490,7 @@ def test_kept_tokens_that_move_toward_one_have_no_limit() -> None:
 def test_the_figures_numbers_and_files(tmp_path: Path) -> None:
     figure = importlib.import_module("theory")
     rows = figure.measure(horizons=(2, 3), steps=3, samples=20)
-    statements = [*th.set_claims(2, 0.1, 0.01, 0.8), *(f"{name}_free" for name in th.sharp_claims(2))]
+    statements = [*ts.set_claims(2, 0.1, 0.01, 0.8), *(f"{name}_free" for name in ts.sharp_claims(2))]
     assert [(row["T"], row["set"]) for row in rows] == [(t, s) for t in (2, 3) for s in statements]
     for row in rows:
         assert 0 < row["largest_residual"] <= row["bound"] * (1 + ATOL)

@@ -1,7 +1,7 @@
 """TrustRegionTrainer against the installed TRL: real training on a CPU, compared with the loss written out by hand.
 
-The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.models.logprobs`, and takes mu
-from the weights that sampled. "TRL's own" is GRPOTrainer's loss on the same batch, called on the same trainer.
+The hand-written side shares nothing with TRL: it right-pads, computes log-probabilities with `cppo.models.logprobs`, and
+takes mu from the weights that sampled. "TRL's own" is GRPOTrainer's loss on the same batch, called on the same trainer.
 """
 
 import os
@@ -22,14 +22,17 @@ from cppo import divergences
 from cppo.integrations import SampledTokenLoss
 from cppo.loss import policy_loss
 from cppo.models.create import create_model, create_tokenizer
-from cppo.models.logprobs import statistics
-from cppo.objectives import Tokens, names, objective, spec
-from cppo.suite.config import Model
+from cppo.models.logprobs import token_logprobs
+from cppo.objectives import Tokens, names, objective
+from cppo.suite.setting import Model
+from cppo.tasks.chain import ChainTask
+from cppo.tasks.types import SPECIAL
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[trl]'")
-from cppo.integrations.trl import TrustRegionTrainer, trained
+from cppo.integrations.trl import TrustRegionTrainer, trained  # noqa: E402
 
 TEMPERATURE = 0.9
+VOCABULARY = (*SPECIAL, *ChainTask.alphabet)
 LENGTH = 24
 BINARY_TV = {"estimator": "binary", "kind": "tv"}
 CPPO = {"delta": 0.02, "delta_b": 0.002}
@@ -97,18 +100,18 @@ class Recorder(TrustRegionTrainer):
 def recorder(folder: Path, model: Model = DENSE, changes: dict[str, Any] | None = None, **options: Any) -> Recorder:
     data = Dataset.from_dict({"prompt": ["3a-8b*9c+5>", "7a+1>", "2a*3b-4>", "9>"]})
     return Recorder(
-        create_model(model, "trl"),
+        create_model(model, "trl", len(VOCABULARY)),
         digits,
         arguments(folder, **(changes or {})),
         train_dataset=data,
-        processing_class=create_tokenizer(),
+        processing_class=create_tokenizer(VOCABULARY),
         **options,
     )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    trainer = recorder(tmp_path_factory.mktemp("trl"), objective="cppo", settings=CPPO, divergence=BINARY_TV)
+    trainer = recorder(tmp_path_factory.mktemp("trl"), objective="cppo", params=CPPO, divergence=BINARY_TV)
     trainer.train()
     assert len(trainer.steps) == 4 and trainer.state.global_step == 2
     return trainer
@@ -131,12 +134,12 @@ def logp_by_hand(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     pairs = zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
     prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
     mask = batch["completion_mask"].bool()
-    return statistics(model, prompts, batch["completion_ids"], mask, TEMPERATURE).logp  # type: ignore[arg-type]
+    return token_logprobs(model, prompts, batch["completion_ids"], mask, TEMPERATURE).logp  # type: ignore[arg-type]
 
 
 def tokens_by_hand(model: Any, anchor: dict[str, Tensor], batch: dict[str, Any], mask: Tensor) -> Tokens:
     """Binary-TV tokens of `model`, with mu from the weights `anchor`."""
-    sampler = create_model(DENSE, "trl")
+    sampler = create_model(DENSE, "trl", len(VOCABULARY))
     sampler.load_state_dict(anchor)
     with torch.no_grad():
         rollout_logp = logp_by_hand(sampler, batch)
@@ -189,7 +192,7 @@ def assert_update_by_hand(
     """One optimiser step on the rows of `batch`, sampled by the weights `sampler`, at the weights `weights`."""
     mask = batch["completion_mask"].bool()
     assert len(set(mask.sum(-1).tolist())) > 3, "rows of different lengths"
-    model = create_model(DENSE, "trl")
+    model = create_model(DENSE, "trl", len(VOCABULARY))
     model.load_state_dict(weights)
     tokens = tokens_by_hand(model, sampler, batch, mask)
     expected, metrics = policy_loss(objective("cppo", **CPPO), tokens)
@@ -207,7 +210,7 @@ def rank(index: int, port: int, folder: Path) -> None:
     )
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent's says that there is one process
     changes = {"gradient_accumulation_steps": 1, "steps_per_generation": 1}
-    trainer = recorder(folder, changes=changes, objective="cppo", settings=CPPO, divergence=BINARY_TV)
+    trainer = recorder(folder, changes=changes, objective="cppo", params=CPPO, divergence=BINARY_TV)
     trainer.train()
     first, last = trainer.steps
     saved = (last.batch, first.weights, last.weights, last.loss, last.gradients, trainer.state.log_history)
@@ -239,7 +242,7 @@ def test_mu_stays_over_the_updates_of_a_rollout(run: Recorder) -> None:
     first, second = joined([step.batch for step in run.steps[:2]]), joined([step.batch for step in run.steps[2:]])
     assert torch.equal(first["rollout_logp"], second["rollout_logp"])
     for batch, step, same in ((first, run.steps[0], True), (second, run.steps[2], False)):
-        model = create_model(DENSE, "trl")
+        model = create_model(DENSE, "trl", len(VOCABULARY))
         model.load_state_dict(step.weights)
         with torch.no_grad():
             log_ratio = logp_by_hand(model, batch) - batch["rollout_logp"]
@@ -258,13 +261,14 @@ def tool_call(batch: dict[str, Any]) -> dict[str, Any]:
 def test_every_objective_equals_the_loss_by_hand(run: Recorder, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the second update, with holes in the mask."""
     settings = WIDER.get(name, {})
+    divergence = BINARY_TV if "divergence" in objective(name, **settings).needs else None
     batch = {**tool_call(run.steps[3].batch), "denominator": 17.0}
     mask = trained(batch)
     assert not torch.equal(mask, batch["completion_mask"].bool())
-    model = create_model(DENSE, "trl")
+    model = create_model(DENSE, "trl", len(VOCABULARY))
     model.load_state_dict(run.steps[3].weights)
     run.model.load_state_dict(run.steps[3].weights)
-    monkeypatch.setattr(run, "rule", SampledTokenLoss.of(name, settings, BINARY_TV if spec(name).divergence else None))
+    monkeypatch.setattr(run, "rule", SampledTokenLoss.of(name, settings, divergence))
     found = run._compute_loss(run.model, batch)
     tokens = tokens_by_hand(model, run.steps[0].weights, batch, mask)
     loss, _ = policy_loss(objective(name, **settings), tokens, denominator=17.0)
@@ -325,7 +329,7 @@ def test_on_policy_mixture_of_experts(tmp_path: Path) -> None:
     assert "old_per_token_logps" not in batch and trainer.aux_loss_enabled
     trainer.model.load_state_dict(trainer.steps[-1].weights)
     mask = trained(batch)
-    logp, _, _ = trainer._statistics(trainer.model, batch)
+    logp, _, _ = trainer._token_logprobs(trainer.model, batch)
     torch.testing.assert_close(batch["rollout_logp"][mask], logp.detach()[mask], atol=1e-5, rtol=0)
     found, expected = (c._compute_loss(trainer, trainer.model, batch) for c in (Recorder, trl.GRPOTrainer))
     assert_close(gradients_of(found, trainer.model), gradients_of(expected, trainer.model))
@@ -339,7 +343,7 @@ def test_recorded_log_probabilities_are_the_anchor(tmp_path: Path, updates: int)
     completions = [[5, 6, 7, 1], [8, 1], [9, 10, 1], [11]]
 
     def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        tokenizer = create_tokenizer()
+        tokenizer = create_tokenizer(VOCABULARY)
         return {
             "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": [completions[i % 4] for i in range(len(prompts))],
@@ -356,7 +360,7 @@ def test_recorded_log_probabilities_are_the_anchor(tmp_path: Path, updates: int)
     trainer.train()
     batch = joined([step.batch for step in trainer.steps])
     assert ("old_per_token_logps" in trainer.steps[0].batch) == (updates > 1), "TRL computes its own only then"
-    model = create_model(DENSE, "trl")
+    model = create_model(DENSE, "trl", len(VOCABULARY))
     now = logp_by_hand(model, batch).detach()
     mask, columns = batch["completion_mask"].bool(), torch.arange(batch["completion_mask"].shape[1])
     given = torch.tensor([-1.0, 0.0, -3.0, -4.0])[columns]
@@ -374,8 +378,8 @@ REFUSED = [
     ({"divergence": {"estimator": "binary", "k": 20}}, {}, "divergence.k: unknown"),
     ({"divergence": None}, {}, "divergence: objective cppo needs one"),
     ({"objective": "unheard_of"}, {}, "unknown objective 'unheard_of'"),
-    ({"settings": {"detla": 0.1}}, {}, "detla: unknown setting of objective cppo"),
-    ({"settings": {"shuffle": True}}, {}, "shuffle=True needs tokens.position"),
+    ({"params": {"detla": 0.1}}, {}, "detla: unknown parameter of objective cppo"),
+    ({"params": {"shuffle": True}}, {}, "objective cppo needs position with these params"),
     ({"aggregation": "bnpo"}, {}, "aggregation: 'bnpo'"),
     ({"horizon": 9}, {}, "horizon: aggregation token-mean takes no horizon"),
     ({}, {"beta": 0.1}, "args.beta: belongs to TRL's own loss"),

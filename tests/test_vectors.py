@@ -11,6 +11,7 @@ from fixture import Fixture, loss_and_grad, spec_fixture
 from torch import Tensor
 
 from cppo import advantages, divergences
+from cppo.advantages import Outcomes
 from cppo.loss import Aggregation
 from cppo.objectives import Tokens, objective
 from cppo.objectives.divergence import prefix_sums
@@ -258,13 +259,13 @@ def test_gmpo_0_4() -> None:
 @pytest.mark.parametrize(("entry", "name"), [("adv_grpo", "grpo"), ("adv_rloo", "rloo"), ("adv_gpg", "gpg")])
 def test_group_advantages(entry: str, name: str) -> None:
     fixture = spec_fixture()
-    result = advantages.from_outcomes(name, fixture.rewards, 4, fixture.mask)
+    result, _ = advantages.estimator(name)(Outcomes(fixture.rewards, fixture.mask, 4))
     close(result, torch.where(fixture.mask, stored(entry).unsqueeze(-1), 0), SEVEN)
 
 
 def test_adv_rfpp_row0() -> None:
     fixture = spec_fixture()
-    result = advantages.from_outcomes("reinforce_pp", fixture.rewards, 4, fixture.mask)
+    result, _ = advantages.estimator("reinforce_pp")(Outcomes(fixture.rewards, fixture.mask, 4))
     close(result[0], stored("adv_rfpp_row0"), SEVEN)
 
 
@@ -279,7 +280,8 @@ def test_gae(entry: str) -> None:
     fixture = spec_fixture()
     rewards = advantages.at_last_token(fixture.rewards, fixture.mask)
     values = stored("gae_lam0.95_vals")
-    raw, returns = advantages.gae(rewards, values, fixture.mask, 1.0, float(entry.removeprefix("gae_lam")))
+    gae_lambda = float(entry.removeprefix("gae_lam"))
+    raw, returns = advantages.generalised_advantages(rewards, values, fixture.mask, 1.0, gae_lambda)
     white = advantages.whiten(raw, fixture.mask)
     close(white[0], stored(entry, "adv_row0"), 3 * SEVEN)  # the values' own rounding, grown by the whitening
     close(white[2, :3], stored(entry, "adv_row2")[:3], 3 * SEVEN)

@@ -21,7 +21,7 @@ from torch import Tensor
 from cppo import divergences
 from cppo.integrations import SampledTokenLoss
 from cppo.loss import Aggregation, policy_loss
-from cppo.objectives import Tokens, names, objective, spec
+from cppo.objectives import Tokens, names, objective
 
 pytest.importorskip("verl", reason="verl is not installed; it has an environment of its own: make test-verl")
 from hydra import compose, initialize_config_module
@@ -37,7 +37,7 @@ from cppo.integrations.verl import PolicyLoss
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = {"estimator": "binary", "kind": "tv"}
 BYPASS = {"bypass_mode": True}
-# Settings under which something is masked on the batches here.
+# Parameters under which something is masked on the batches here.
 TIGHT: dict[str, dict[str, Any]] = {
     "cppo": {"delta": 0.06, "delta_b": 0.02},
     "dppo": {"delta": 0.03},
@@ -59,12 +59,10 @@ def actor(loss: Any, **changes: Any) -> Any:
     return FSDPActorConfig(policy_loss=loss, rollout_n=2, ppo_micro_batch_size_per_gpu=1, **changes)
 
 
-def ours(name: str, divergence: dict[str, Any] | None = None, **settings: Any) -> Any:
-    if divergence is None and spec(name).divergence:
+def ours(name: str, divergence: dict[str, Any] | None = None, **params: Any) -> Any:
+    if divergence is None and "divergence" in objective(name).needs:
         divergence = BINARY
-    return PolicyLoss(
-        loss_mode=f"cppo_bench_{name}", settings=settings, divergence=divergence, rollout_correction=BYPASS
-    )
+    return PolicyLoss(loss_mode=f"cppo_bench_{name}", params=params, divergence=divergence, rollout_correction=BYPASS)
 
 
 def called(
@@ -86,11 +84,11 @@ def called(
 
 
 def by_hand(
-    name: str, tokens: Tokens, aggregation: Aggregation = "token-mean", count: float | None = None, **settings: Any
+    name: str, tokens: Tokens, aggregation: Aggregation = "token-mean", count: float | None = None, **params: Any
 ) -> tuple[Tensor, Tensor]:
     logp = tokens.logp.clone().requires_grad_()
     horizon = HORIZON if aggregation == "seq-mean-token-sum-norm" else None
-    loss, _ = policy_loss(objective(name, **settings), replace(tokens, logp=logp), aggregation, horizon, count)
+    loss, _ = policy_loss(objective(name, **params), replace(tokens, logp=logp), aggregation, horizon, count)
     (gradient,) = torch.autograd.grad(loss, logp)
     return loss.detach(), gradient
 
@@ -108,11 +106,11 @@ def test_every_objective_is_registered_and_no_name_of_verls_is_taken() -> None:
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 @pytest.mark.parametrize("name", names())
 def test_called_by_name_equals_ours(name: str, mode: Aggregation) -> None:
-    settings = TIGHT.get(name, {})
+    params = TIGHT.get(name, {})
     tokens = batch()
-    config = actor(ours(name, **settings), loss_scale_factor=HORIZON)
+    config = actor(ours(name, **params), loss_scale_factor=HORIZON)
     loss, gradient, metrics = called(f"cppo_bench_{name}", config, tokens, mode)
-    expected_loss, expected_gradient = by_hand(name, tokens, mode, **settings)
+    expected_loss, expected_gradient = by_hand(name, tokens, mode, **params)
     exact(loss, expected_loss)
     exact(gradient, expected_gradient)
     assert gradient.abs().max() > 0 and not gradient[~tokens.mask].any()
@@ -122,7 +120,7 @@ def test_called_by_name_equals_ours(name: str, mode: Aggregation) -> None:
 
 
 OWN: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str, bool]] = {
-    # label: our rule, its settings, verl's loss, verl's settings, aggregation, whether the loss values agree too
+    # case: our rule, its parameters, verl's loss, verl's settings, aggregation, whether the loss values agree too
     "ppo": (
         "ppo",
         {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
@@ -191,29 +189,29 @@ OWN: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str, bool]] = {
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("label", OWN)
-def test_gradient_equals_verls_own(label: str, seed: int) -> None:
+@pytest.mark.parametrize("case", OWN)
+def test_gradient_equals_verls_own(case: str, seed: int) -> None:
     """verl's GMPO averages over all rows of the micro-batch; ours gets that count."""
-    name, settings, theirs, their_settings, aggregation, same_loss = OWN[label]
+    name, params, verl_name, verl_settings, aggregation, same_loss = OWN[case]
     tokens = batch(seed)
     if name == "gmpo":  # verl's takes one advantage a row
         tokens = replace(tokens, advantages=tokens.advantages[:, :1].expand_as(tokens.mask))
-    kind = {"estimator": "binary", "kind": label[-2:]} if name == "dppo" else None
-    config = actor(ours(name, kind, **settings), loss_scale_factor=HORIZON)
+    kind = {"estimator": "binary", "kind": case[-2:]} if name == "dppo" else None
+    config = actor(ours(name, kind, **params), loss_scale_factor=HORIZON)
     if name == "gmpo":
         config.global_batch_info.update(global_batch_size=len(tokens.mask))
     loss, gradient, metrics = called(f"cppo_bench_{name}", config, tokens, aggregation)
-    own = actor(PolicyLossConfig(loss_mode=theirs), **their_settings)
+    own = actor(PolicyLossConfig(loss_mode=verl_name), **verl_settings)
     own.global_batch_info.update(loss_scale_factor=HORIZON)  # as verl's ppo_loss does
-    expected_loss, expected_gradient, _ = called(theirs, own, tokens, aggregation)
-    tolerance = 1e-6 if label == "gmpo" else 1e-7  # verl adds 1e-8 to lengths
+    expected_loss, expected_gradient, _ = called(verl_name, own, tokens, aggregation)
+    tolerance = 1e-6 if case == "gmpo" else 1e-7  # verl adds 1e-8 to lengths
     torch.testing.assert_close(gradient, expected_gradient, atol=tolerance, rtol=tolerance)
     if same_loss:
         torch.testing.assert_close(loss, expected_loss, atol=tolerance, rtol=tolerance)
     if name not in ("cispo", "sapo"):
         assert 0 < metrics["actor/cppo_bench/mask_share"] < 1
-    if "cap" in settings and settings["cap"] < 2:
-        assert (tokens.logp - tokens.rollout_logp).exp()[tokens.mask].max() > settings["cap"]
+    if "cap" in params and params["cap"] < 2:
+        assert (tokens.logp - tokens.rollout_logp).exp()[tokens.mask].max() > params["cap"]
 
 
 def test_pg_equals_verls_reinforce() -> None:
@@ -293,9 +291,9 @@ REFUSED = [
     ({"divergence": {"estimator": "exact", "kind": "kl"}}, "divergence.estimator: exact"),
     ({"divergence": {"estimator": "binary", "kind": "js"}}, "divergence.kind: 'js'"),
     ({"divergence": None}, "divergence: objective cppo needs one"),
-    ({"settings": {"clip_ratio": 0.2}}, "clip_ratio: unknown setting of objective cppo"),
-    ({"settings": {"delta": "much"}}, "delta: 'much' of objective cppo"),
-    ({"settings": {"shuffle": True}}, "shuffle=True needs tokens.position"),
+    ({"params": {"clip_ratio": 0.2}}, "clip_ratio: unknown parameter of objective cppo"),
+    ({"params": {"delta": "much"}}, "delta: 'much' of objective cppo"),
+    ({"params": {"shuffle": True}}, "objective cppo needs position with these params"),
     ({"loss_mode": "vanilla"}, "policy_loss.loss_mode: vanilla is not one of cppo_bench_cispo"),
     ({"loss_mode": "cppo_bench_unheard"}, "unknown objective 'unheard'"),
     ({"rollout_correction": {"bypass_mode": False}}, "rollout_correction.bypass_mode: must be True"),
@@ -333,7 +331,7 @@ def test_refused_when_called() -> None:
         config.global_batch_info.update(dp_size=2)
         with pytest.raises(ValueError, match=f"global_batch_info: {mode} on 2 ranks"):
             called("cppo_bench_grpo", config, tokens, mode)
-    with pytest.raises(ValueError, match="rollout_is_weights: cppo_bench_grpo is with_anchor on the rollout"):
+    with pytest.raises(ValueError, match="rollout_is_weights: cppo_bench_grpo takes its ratio to the rollout"):
         get_policy_loss_fn("cppo_bench_grpo")(
             old_log_prob=tokens.rollout_logp,
             log_prob=tokens.logp,
@@ -359,7 +357,7 @@ def composed(overrides: list[str]) -> Any:
 
 
 def test_documented_launch_command() -> None:
-    """verl composes and checks it; the actor's configuration gives CPPO with the settings of the command."""
+    """verl composes and checks it; the actor's configuration gives CPPO with the parameters of the command."""
     config = composed(documented())
     validate_config(config, use_reference_policy=False, use_critic=False)
     assert config.trainer.use_v1 and config.actor_rollout_ref.rollout.calculate_log_probs
@@ -371,7 +369,7 @@ def test_documented_launch_command() -> None:
     exact(gradient * made.loss_scale_factor, expected * HORIZON)
     for line, message in {
         "algorithm.rollout_correction.bypass_mode=False": "bypass_mode: must be True",
-        "+actor_rollout_ref.actor.policy_loss.settings.detla=0.1": "detla: unknown setting",
+        "+actor_rollout_ref.actor.policy_loss.params.detla=0.1": "detla: unknown parameter",
         "+actor_rollout_ref.actor.policy_loss.delta=0.1": "unexpected keyword argument 'delta'",
     }.items():
         with pytest.raises(InstantiationException, match=message):
@@ -417,7 +415,7 @@ def test_an_objective_of_the_users_own(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     mode = "cppo_bench_my_rules:my_own"
-    loss = PolicyLoss(loss_mode=mode, settings={"limit": 0.3}, rollout_correction=BYPASS)
+    loss = PolicyLoss(loss_mode=mode, params={"limit": 0.3}, rollout_correction=BYPASS)
     tokens = batch()
     _, gradient, _ = called(mode, actor(loss), tokens)
     _, expected = by_hand("my_rules:my_own", tokens, limit=0.3)

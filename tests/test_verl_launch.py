@@ -1,4 +1,4 @@
-"""Engine verl beside the installed verl: its configuration accepts the command, its classes read and write our files.
+"""Trainer verl beside the installed verl: its configuration accepts the command, its classes read and write our files.
 
 Skipped where verl is not installed: it needs an environment of its own (`make venv-verl`, `make test-verl`).
 """
@@ -17,8 +17,9 @@ from fixture import random_tokens
 from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo import advantages
-from cppo.integrations import SampledTokenLoss, verl_launch
+from cppo.integrations import SampledTokenLoss, verl_checks, verl_command, verl_launch
 from cppo.objectives import names
+from cppo.results.run_folder import RunFolder
 from cppo.rewards import overlong_penalty
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import load_suite
@@ -65,7 +66,7 @@ def composed(words: list[str]) -> Any:
 
 
 def rendered(run: RunConfig, suite: Any, base: Path, folder: Path, **more: Any) -> list[str]:
-    return verl_launch.command(run, suite.resources["moe"], base, folder, **more)[3:]
+    return verl_command.command(run, suite.resources["moe"], base, folder, **more)[3:]
 
 
 def validated(config: Any) -> Any:
@@ -90,10 +91,10 @@ def test_verl_accepts_every_objective(name: str, sharding: str, base: Path, tmp_
 def test_verl_accepts_the_papers_largest_setting(base: Path, tmp_path: Path) -> None:
     """Every rule of config/paper.yaml that it trains."""
     suite = load_suite(ROOT / "config" / "paper.yaml")
-    runs = [run for run in suite.runs() if run.setting.scale is not None and run.setting.scale.engine == "verl"]
+    runs = [run for run in suite.runs() if run.setting.trainer == "verl"]
     assert len(runs) == len(suite.rules) * len(suite.seeds)
     for run in runs:
-        words = verl_launch.command(run, suite.resources[run.setting_name], base, tmp_path / "run")[3:]
+        words = verl_command.command(run, suite.resources[run.setting_name], base, tmp_path / "run")[3:]
         actor = validated(composed(words))
         assert actor.loss_scale_factor == 16384 and actor.policy_loss.loss_mode == f"cppo_bench_{run.rule.objective}"
 
@@ -106,22 +107,18 @@ def test_thinking_reaches_the_chat_template(thinking: bool, base: Path, tmp_path
     assert config.data.apply_chat_template_kwargs == {"enable_thinking": thinking}
 
 
-@pytest.mark.parametrize("advantage", verl_launch.ADVANTAGES)
+@pytest.mark.parametrize("advantage", verl_checks.VERL_ADVANTAGES)
 @pytest.mark.parametrize("sharding", ["fsdp2", "megatron"])
 def test_verl_accepts_every_advantage(advantage: str, sharding: str, base: Path, tmp_path: Path) -> None:
     entry = {"name": "ppo", "objective": "ppo", "advantage": advantage}
-    suite = verl_suite(tmp_path, {"scale": {"sharding": sharding}}, objectives=[entry])
+    suite = verl_suite(tmp_path, {"scale": {"sharding": sharding}}, rules=[entry])
     config = composed(rendered(suite.runs()[0], suite, base, tmp_path / "run"))
     validated(config)
     assert need_critic(config) == (advantage == "gae")
     if advantage == "gae":
         critic = omega_conf_to_dataclass(config.critic)
         assert critic.strategy == sharding and critic.optim.lr == pytest.approx(1e-5) and critic.cliprange_value == 0.2
-        assert (
-            critic.model.path == str(base)
-            and critic.loss_agg_mode == "token-mean"
-            and config.algorithm.gae_lambda == 0.95
-        )
+        assert critic.model.path == str(base) and critic.loss_agg_mode == "token-mean" and config.algorithm.lam == 0.95
 
 
 def test_values_arrive(base: Path, tmp_path: Path) -> None:
@@ -129,12 +126,12 @@ def test_values_arrive(base: Path, tmp_path: Path) -> None:
     entry = {
         "name": "cppo",
         "objective": "cppo",
-        "settings": {"delta": 0.15},
+        "params": {"delta": 0.15},
         "divergence": BINARY_TV,
         "advantage": "dr_grpo",
         "aggregation": "seq-mean-token-sum-norm",
     }
-    suite = verl_suite(tmp_path, objectives=[entry])
+    suite = verl_suite(tmp_path, rules=[entry])
     run = run_of(suite, "cppo", seed=1)
     config = composed(rendered(run, suite, base, tmp_path / "a run", report_to=("tensorboard",), attempt=3))
     actor = validated(config)
@@ -187,21 +184,21 @@ def test_an_unknown_key_fails(base: Path, tmp_path: Path) -> None:
             composed([*words, bogus])
 
 
-@pytest.mark.parametrize("advantage", [a for a in verl_launch.ADVANTAGES if a != "gae"])
+@pytest.mark.parametrize("advantage", [a for a in verl_checks.VERL_ADVANTAGES if a != "gae"])
 def test_advantages_are_ours(advantage: str) -> None:
     """The estimator that verl gets for each name computes our numbers, in ragged groups of mixed rewards."""
     tokens = random_tokens(3, batch=12, width=7)
     rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0], dtype=torch.float64)
     mask = tokens.mask | (torch.arange(7) == 0)  # verl's code asks for a first token
     at_end = advantages.at_last_token(rewards, mask)
-    found, _ = get_adv_estimator_fn(verl_launch.ADVANTAGES[advantage])(
+    found, _ = get_adv_estimator_fn(verl_checks.VERL_ADVANTAGES[advantage])(
         token_level_rewards=at_end,
         response_mask=mask.to(torch.float64),
         index=np.repeat(["a", "b", "c"], 4),
         norm_adv_by_std_in_grpo=advantage == "grpo",
         config=OmegaConf.create({"gamma": 1.0}),
     )
-    expected = advantages.from_outcomes(advantage, rewards, 4, mask)
+    expected, _ = advantages.estimator(advantage)(advantages.Outcomes(rewards, mask, 4))
     torch.testing.assert_close(found * mask, expected, atol=1e-6, rtol=1e-6)
     assert expected.abs().max() > 0
 
@@ -212,7 +209,7 @@ def test_gae_is_ours() -> None:
     values = torch.where(mask, tokens.logp.detach(), 0)
     rewards = advantages.at_last_token(torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64), mask)
     found, returns = get_adv_estimator_fn("gae")(rewards, values, mask.to(torch.float64), 0.99, 0.9)
-    expected, expected_returns = advantages.gae(rewards, values, mask, 0.99, 0.9)
+    expected, expected_returns = advantages.generalised_advantages(rewards, values, mask, 0.99, 0.9)
     torch.testing.assert_close(found * mask, advantages.whiten(expected, mask), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(returns * mask, expected_returns, atol=1e-9, rtol=1e-9)
 
@@ -302,7 +299,7 @@ def test_verls_file_logger_is_collected(base: Path, tmp_path: Path, monkeypatch:
     for name, value in variables.items():
         monkeypatch.setenv(str(name), value)
     log_two_iterations(config)
-    verl_launch.collect(run, folder)
+    verl_launch.collect(run, RunFolder(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [0.5, 0.75] and [row["mask_share"] for row in rows] == [0.25, 0.25]
     assert [row["grad_norm"] for row in rows] == [1.5, None]
@@ -339,7 +336,7 @@ def test_weights_are_kept_by_verls_callback(base: Path, tmp_path: Path) -> None:
     (state / "actor" / "huggingface").mkdir(parents=True)
     (state / "actor" / "huggingface" / "model.safetensors").write_text("weights")
     callback.on_save(trainer=None, global_step=10, checkpoint_dir=str(state), async_save=False)
-    assert (tmp_path / "run" / "checkpoints" / "step-10" / "model.safetensors").read_text() == "weights"
+    assert (tmp_path / "run" / "checkpoints" / "iteration-10" / "model.safetensors").read_text() == "weights"
 
 
 def test_train_runs_verl_and_collects(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,8 +376,8 @@ def test_train_runs_verl_and_collects(base: Path, tmp_path: Path, monkeypatch: p
         verl_launch.train(run, suite.resources["moe"], base, PROBLEMS, folder)
     assert not (folder / "DONE").exists()
     verl_launch.train(run, suite.resources["moe"], base, PROBLEMS, folder)
-    assert json.loads((folder / "DONE").read_text()) == {"status": "finished", "iterations": 2}
+    assert json.loads((folder / "DONE").read_text()) == {"iterations": 2, "collapsed_at": None}
     assert sorted(p.name for p in (folder / "verl").glob("log-*")) == ["log-0.jsonl", "log-1.jsonl"]
-    assert (folder / "checkpoints" / "step-2" / "model.safetensors").exists()
+    assert (folder / "checkpoints" / "iteration-2" / "model.safetensors").exists()
     assert RunConfig.model_validate_json((folder / "config.json").read_text()) == run
     assert json.loads((folder / "provenance.json").read_text())["verl/verl"] == "0.9.1"

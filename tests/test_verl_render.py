@@ -1,4 +1,4 @@
-"""Engine verl without verl: what is refused when a suite is loaded, what the command says, how it reaches several nodes.
+"""Trainer verl without verl: what is refused when a suite is loaded, what the command says, how it reaches several nodes.
 
 That verl accepts and means the command is tested beside verl itself, in `test_verl_launch.py`.
 """
@@ -19,42 +19,49 @@ import torch
 from tiny import BINARY_TV, ROOT, run_of, verl_suite
 
 from cppo.__main__ import main
-from cppo.integrations import verl_launch
+from cppo.integrations import verl_command, verl_launch
 from cppo.models.create import create_tokenizer
-from cppo.suite.config import Resources
+from cppo.results.run_folder import RunFolder
+from cppo.suite.setting import Resources
 from cppo.suite.suite import load_suite
 from cppo.system.interrupts import Interrupted
-from cppo.tasks.types import problem
+from cppo.tasks.types import SPECIAL, problem
 from cppo.training.batches import problem_order
 
 CPPO = {"name": "cppo", "objective": "cppo", "divergence": BINARY_TV}
 SETTING = "settings.moe"
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
-    ({"scale": {"sharding": "ddp"}}, {}, {}, f"{SETTING}.scale.sharding: ddp is not for engine verl"),
+    ({"scale": {"sharding": "ddp"}}, {}, {}, f"{SETTING}.scale.sharding: ddp is not for trainer verl"),
     (
         {"scale": {"sharding": "megatron", "precision": "float32"}},
         {},
         {},
         f"{SETTING}.scale.precision: megatron computes in bfloat16",
     ),
-    ({"scale": {"vllm_gpus": 2}}, {}, {}, f"{SETTING}.scale.vllm_gpus: verl's vLLM shares"),
+    ({"scale": {"engine_gpus": 2}}, {}, {}, f"{SETTING}.scale.engine_gpus: verl's vLLM shares"),
     ({"scale": {"tensor_parallel": 3}}, {}, {}, f"{SETTING}.scale.tensor_parallel: 3 does not divide the 8 GPUs"),
     ({"scale": {"micro_rows": 3}}, {}, {}, f"{SETTING}.scale.micro_rows: 3 does not divide a rank's 8 responses"),
-    ({"scale": {"engine": "torch", "sharding": "megatron"}}, {}, {}, f"{SETTING}.scale.sharding: megatron is only for"),
+    (
+        {"scale": {"trainer": "builtin", "sharding": "megatron"}},
+        {},
+        {},
+        f"{SETTING}.scale: sharding: megatron is only for",
+    ),
+    ({"scale": {"engine": "verl"}}, {}, {}, f"{SETTING}.scale: engine: verl is a trainer, not an engine"),
     ({"rollout": {"resample": 1}}, {}, {}, f"{SETTING}.rollout.resample: verl's dynamic sampling has no limit"),
-    ({"optimizer": {"warmup_updates": 5}}, {}, {}, f"{SETTING}.optimizer.warmup_updates: 5 is no multiple of the 2"),
-    ({}, {"gpus": 0}, {}, "resources.moe.gpus: engine verl needs at least 1"),
+    ({"optimizer": {"warmup_updates": 5}}, {}, {}, f"{SETTING}.optimizer.warmup_updates: 5 is not a multiple of the 2"),
+    ({}, {"gpus": 0}, {}, "resources.moe.gpus: trainer verl needs at least 1"),
     ({}, {"cpus": 31}, {}, "resources.moe.cpus: verl needs at least 4 for each GPU"),
     ({}, {"nodes": 5}, {}, "resources.moe.gpus: 40 data-parallel ranks do not divide the 256 responses"),
-    ({}, {}, {"anchor": "recomputed"}, "objectives.cppo.anchor: recomputed is not for engine verl"),
-    ({}, {}, {"anchor": "decoupled"}, "objectives.cppo.anchor: decoupled is not for engine verl"),
+    ({}, {}, {"anchor": "recomputed"}, "rules.cppo.anchor: recomputed is not for trainer verl"),
+    ({}, {}, {"anchor": "decoupled"}, "rules.cppo.anchor: decoupled is not for trainer verl"),
     (
         {},
         {},
         {"divergence": {"estimator": "top_k", "kind": "tv", "k": 20}},
-        "objectives.cppo.divergence.estimator: top_k is not for engine verl, which records the sampled token's",
+        "rules.cppo.divergence.estimator: top_k is not for trainer verl, which records the sampled token's",
     ),
-    ({}, {}, {"settings": {"shuffle": True}}, "objectives.cppo.settings.shuffle: needs positions"),
+    ({}, {}, {"params": {"shuffle": True}}, "rules.cppo.objective: needs position with these params"),
 ]
 
 
@@ -68,22 +75,22 @@ def test_refused_when_the_suite_is_loaded(
 
 
 def test_a_divergence_for_one_setting(tmp_path: Path) -> None:
-    """A suite compares settings of several engines: where verl trains, `params_by_setting` names the divergence that it can have."""
+    """A suite compares settings of several trainers: where verl trains, `params_by_setting` names a divergence that it has."""
     top = {"estimator": "top_k", "kind": "tv", "k": 20}
     entry = {**CPPO, "divergence": top, "params_by_setting": {"moe": {"delta": 0.2, "divergence": BINARY_TV}}}
-    run = verl_suite(tmp_path, objectives=[entry]).runs()[0]
-    plain = verl_suite(tmp_path, objectives=[{**CPPO, "settings": {"delta": 0.2}}]).runs()[0]
+    run = verl_suite(tmp_path, rules=[entry]).runs()[0]
+    plain = verl_suite(tmp_path, rules=[{**CPPO, "params": {"delta": 0.2}}]).runs()[0]
     assert run.id == plain.id and run.rule.divergence is not None and run.rule.divergence.k is None
-    with pytest.raises(ValueError, match=r"objectives\.cppo\.params_by_setting\.moe\.divergence: kind: "):
+    with pytest.raises(ValueError, match=r"rules\.cppo\.params_by_setting\.moe\.divergence\.kind: "):
         verl_suite(
-            tmp_path, objectives=[{**entry, "params_by_setting": {"moe": {"divergence": {**BINARY_TV, "kind": "x"}}}}]
+            tmp_path, rules=[{**entry, "params_by_setting": {"moe": {"divergence": {**BINARY_TV, "kind": "x"}}}}]
         )
 
 
 def test_every_objective_renders(tmp_path: Path) -> None:
     suite = verl_suite(tmp_path)
     for run in suite.runs():
-        words = verl_launch.command(run, suite.resources["moe"], tmp_path / "base", tmp_path / "run")
+        words = verl_command.command(run, suite.resources["moe"], tmp_path / "base", tmp_path / "run")
         assert words[:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
         keys = [word.partition("=")[0] for word in words[3:]]
         assert len(set(keys)) == len(keys) and all("\n" not in word for word in words)
@@ -92,18 +99,19 @@ def test_every_objective_renders(tmp_path: Path) -> None:
 def test_the_papers_largest_setting_renders(tmp_path: Path) -> None:
     """Every rule of config/paper.yaml on Qwen3-30B-A3B-Base, with Table 3's numbers; checking it needs no transformers."""
     suite = load_suite(ROOT / "config" / "paper.yaml")
-    runs = [run for run in suite.runs() if run.setting.scale is not None and run.setting.scale.engine == "verl"]
+    runs = [run for run in suite.runs() if run.setting.trainer == "verl"]
     assert {run.rule_name for run in runs} == {entry.name for entry in suite.rules}
     for run in runs:
         resources = suite.resources[run.setting_name]
-        found = verl_launch.overrides(run, resources, tmp_path / "base", tmp_path / "run")
+        found = verl_command.overrides(run, resources, tmp_path / "base", tmp_path / "run")
+        assert run.setting.engine == "vllm", "the engine that scores the checkpoints"
         rollout = (found["data.train_batch_size"], found["actor_rollout_ref.rollout.n"])
         assert (*rollout, found["actor_rollout_ref.actor.ppo_mini_batch_size"]) == (256, 16, 32)
         assert found["actor_rollout_ref.actor.loss_scale_factor"] == found["data.max_response_length"] == 16384
         assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == (4, 8)
         if run.rule_name in ("cppo", "dppo"):
-            assert found["+actor_rollout_ref.actor.policy_loss.settings"]["delta"] == 0.2
-    code = "import sys; from cppo.suite.config import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
+            assert found["+actor_rollout_ref.actor.policy_loss.params"]["delta"] == 0.2
+    code = "import sys; from cppo.suite.suite import load_suite; load_suite(sys.argv[1]); print('transformers' in sys.modules)"
     suite_file = str(ROOT / "config" / "paper.yaml")
     done = subprocess.run([sys.executable, "-c", code, suite_file], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -113,15 +121,15 @@ def test_only_the_objective_differs_between_two_rules(tmp_path: Path) -> None:
     """Data, seeds and everything else are the same for every rule; two seeds differ."""
     suite = verl_suite(tmp_path)
 
-    def chosen(label: str, seed: int = 0) -> dict[str, Any]:
-        run = run_of(suite, label, seed)
-        return verl_launch.overrides(run, suite.resources["moe"], tmp_path / "base", tmp_path / "run")
+    def chosen(rule: str, seed: int = 0) -> dict[str, Any]:
+        run = run_of(suite, rule, seed)
+        return verl_command.overrides(run, suite.resources["moe"], tmp_path / "base", tmp_path / "run")
 
     grpo, gpg = chosen("grpo"), chosen("gpg")
     differ = {key for key in grpo if grpo[key] != gpg[key]}
     assert differ == {
         "actor_rollout_ref.actor.policy_loss.loss_mode",
-        "+actor_rollout_ref.actor.policy_loss.settings",
+        "+actor_rollout_ref.actor.policy_loss.params",
         "trainer.experiment_name",
     }
     seeds = [chosen("grpo", seed)["actor_rollout_ref.rollout.seed"] for seed in (0, 1)]
@@ -134,24 +142,24 @@ def test_render_prints_the_command_and_starts_nothing(tmp_path: Path, capsys: py
     where = ["--suite", str(tmp_path / "suite.yaml"), "--root", str(tmp_path / "runs")]
     assert main(["render", *where, "--run", run.id]) == 0
     words = shlex.split(capsys.readouterr().out)
-    base, folder = tmp_path / "runs" / run.base.folder / "checkpoints" / "step-0", tmp_path / "runs" / run.folder
-    assert words == verl_launch.command(run, suite.resources["moe"], base, folder)
+    base, folder = tmp_path / "runs" / run.base.folder / "checkpoints" / "iteration-0", tmp_path / "runs" / run.folder
+    assert words == verl_command.command(run, suite.resources["moe"], base, folder)
     assert not (tmp_path / "runs").exists()
 
 
-def test_render_is_for_engine_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    suite = verl_suite(tmp_path, {"scale": {"engine": "torch"}}, objectives=[CPPO])
+def test_render_is_for_trainer_verl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = verl_suite(tmp_path, {"scale": {"trainer": "builtin"}}, rules=[CPPO])
     assert main(["render", "--suite", str(tmp_path / "suite.yaml"), "--run", suite.runs()[0].id]) == 2
-    assert "setting moe has not engine verl" in capsys.readouterr().err
+    assert "setting moe does not have trainer verl" in capsys.readouterr().err
 
 
 def test_several_nodes_through_slurm_or_a_cluster_that_runs() -> None:
     words, four = ["/env/bin/python", "-m", "verl.trainer.main_ppo", "a=b"], Resources(gpus=8, nodes=4, cpus=64)
-    assert verl_launch.on_cluster(words, Resources(gpus=8), {}) == words
-    assert verl_launch.on_cluster(words, four, {"RAY_ADDRESS": "head:6379", "SLURM_JOB_ID": "1"}) == words
+    assert verl_command.on_cluster(words, Resources(gpus=8), {}) == words
+    assert verl_command.on_cluster(words, four, {"RAY_ADDRESS": "head:6379", "SLURM_JOB_ID": "1"}) == words
     with pytest.raises(ValueError, match=r"resources\.nodes: 4 nodes need a Slurm job .* or a Ray cluster"):
-        verl_launch.on_cluster(words, four, {})
-    started = verl_launch.on_cluster(words, four, {"SLURM_JOB_ID": "1"})
+        verl_command.on_cluster(words, four, {})
+    started = verl_command.on_cluster(words, four, {"SLURM_JOB_ID": "1"})
     assert started[0] == "srun" and {"--nodes=4", "--ntasks=4", "--ntasks-per-node=1"} <= set(started)
     ray = started[started.index("/env/bin/ray") :]
     assert (
@@ -200,7 +208,7 @@ def logged(step: int, **changes: Any) -> str:
 
 def small_run(tmp_path: Path, **changes: Any) -> Any:
     plan = {"iterations": 3, "checkpoint_every": 1, **changes}
-    run = verl_suite(tmp_path, plan, objectives=[CPPO]).runs()[0]
+    run = verl_suite(tmp_path, plan, rules=[CPPO]).runs()[0]
     folder = tmp_path / "run"
     (folder / "verl").mkdir(parents=True)
     return run, folder
@@ -211,7 +219,7 @@ def test_collected_metrics_timings_and_status(tmp_path: Path) -> None:
     run, folder = small_run(tmp_path)
     (folder / "verl" / "log-0.jsonl").write_text(logged(1) + logged(2, **{"critic/score/mean": 9.0}) + logged(3)[:40])
     (folder / "verl" / "log-1.jsonl").write_text(logged(2) + logged(3))
-    verl_launch.collect(run, folder)
+    verl_launch.collect(run, RunFolder(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     assert [row["reward"] for row in rows] == [row["accuracy"] for row in rows] == [0.1, 0.2, 0.3]
@@ -229,7 +237,7 @@ def test_collected_metrics_timings_and_status(tmp_path: Path) -> None:
         "rollout_tokens_per_second": 102 * 512 / 20,
         "update_tokens_per_second": 102 * 512 / 10,
     }
-    assert json.loads((folder / "DONE").read_text()) == {"status": "finished", "iterations": 3}
+    assert json.loads((folder / "DONE").read_text()) == {"iterations": 3, "collapsed_at": None}
     assert (folder / "positions.jsonl").read_text() == (folder / "tokens.jsonl").read_text() == ""
 
 
@@ -237,7 +245,7 @@ def test_missing_iterations_are_no_finished_run(tmp_path: Path) -> None:
     run, folder = small_run(tmp_path)
     (folder / "verl" / "log-0.jsonl").write_text(logged(1) + logged(3))
     with pytest.raises(ValueError, match="verl logged no iteration 2 of 3"):
-        verl_launch.collect(run, folder)
+        verl_launch.collect(run, RunFolder(folder))
     assert not (folder / "DONE").exists()
 
 
@@ -266,7 +274,7 @@ def test_weights_outlive_verls_states(layout: str, tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists(), "no weights yet"
     (weights / "model.safetensors").write_text("weights")
     verl_launch.keep_weights(tmp_path)
-    kept = tmp_path / "checkpoints" / "step-20" / "model.safetensors"
+    kept = tmp_path / "checkpoints" / "iteration-20" / "model.safetensors"
     assert os.stat(kept).st_ino == os.stat(weights / "model.safetensors").st_ino, "no second copy on the disk"
     (weights / "model.safetensors").unlink()
     verl_launch.keep_weights(tmp_path)
@@ -287,13 +295,13 @@ def test_train_asks_for_verl_before_anything_is_written(
 ) -> None:
     run = run_of(verl_suite(tmp_path, {"task": {"prompt": "base"}}), "cppo")
     root = tmp_path / "runs"
-    create_tokenizer().save_pretrained(root / run.base.folder / "checkpoints" / "step-0")
+    create_tokenizer((*SPECIAL, "1", "+", "?")).save_pretrained(root / run.base.folder / "checkpoints" / "iteration-0")
     made = problem("1+1?", "2", "train", 1)
     (root / run.base.data).mkdir(parents=True)
     (root / run.base.data / "train.jsonl").write_text(json.dumps(made.__dict__) + "\n")
     monkeypatch.setenv("CPPO_VERL_PYTHON", str(tmp_path / "nowhere"))
     assert main(["train", "--suite", str(tmp_path / "suite.yaml"), "--root", str(root), "--run", run.id]) == 2
-    assert "engine verl needs verl 0.9.1" in capsys.readouterr().err
+    assert "trainer verl needs verl 0.9.1" in capsys.readouterr().err
     assert list((root / run.folder).iterdir()) == []
 
 
@@ -316,9 +324,9 @@ def test_a_ray_cluster_of_our_own_has_a_token(tmp_path: Path, monkeypatch: pytes
 
 
 def test_seeds_of_a_setting_do_not_depend_on_torchs_state(tmp_path: Path) -> None:
-    suite = verl_suite(tmp_path, objectives=[CPPO])
+    suite = verl_suite(tmp_path, rules=[CPPO])
     words = []
     for state in (0, 1):
         torch.manual_seed(state)
-        words.append(verl_launch.command(suite.runs()[0], suite.resources["moe"], tmp_path, tmp_path))
+        words.append(verl_command.command(suite.runs()[0], suite.resources["moe"], tmp_path, tmp_path))
     assert words[0] == words[1]

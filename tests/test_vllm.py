@@ -26,7 +26,8 @@ from cppo.models.logprobs import token_logprobs
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import EngineDied, Record, Rollouts
-from cppo.suite.config import Model, Optimizer, RunConfig, Scale
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Model, Optimizer, Scale
 from cppo.suite.suite import objective_of
 from cppo.system.seeds import uniforms
 from cppo.tasks.types import Problem

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo.models.create import create_model, create_tokenizer
 from cppo.objectives import names, objective
-from cppo.suite.config import Model, RunConfig
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Model
 from cppo.suite.suite import Suite, load_suite
 from cppo.tasks.chain import ChainTask
 from cppo.tasks.types import SPECIAL

@@ -28,7 +28,8 @@ from cppo.evaluation.lm_eval_task import judge
 from cppo.models.load import load_tokenizer
 from cppo.results.run_folder import RunFolder
 from cppo.rollout.start import start_engine
-from cppo.suite.config import BaseConfig, RunConfig, Scale
+from cppo.suite.config import BaseConfig, RunConfig
+from cppo.suite.setting import Scale
 from cppo.system.files import write_atomic
 from cppo.system.seeds import uniforms
 from cppo.tasks.types import Task

@@ -14,8 +14,9 @@ from typing import Any
 import datasets
 
 from cppo.rewards import Judge
-from cppo.suite.config import BaseConfig, Setting
+from cppo.suite.config import BaseConfig
 from cppo.suite.schema import parse
+from cppo.suite.setting import Setting
 from cppo.system.files import read_json, write_atomic
 from cppo.tasks.types import Problem, read_problems
 

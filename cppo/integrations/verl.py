@@ -9,10 +9,10 @@
     algorithm.rollout_correction.bypass_mode=True                                    # the anchor is the rollout policy
 
 verl's stock configuration class refuses keys that it does not know; `PolicyLoss` adds ours. verl builds it before it
-starts Ray, so a wrong setting ends the launch there (and again in each worker), with our line in hydra's error.
+starts Ray, so a wrong parameter ends the launch there (and again in each worker), with our line in hydra's error.
 
-Left out: dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses (an objective reads `params` only),
-importance weights and rejection from `rollout_correction` (refused), entropy and KL terms (verl adds its own after ours).
+Left out are dual clip, `clip_ratio*`, `tau_*` and other keys of verl's own losses, because an objective reads `params` only.
+Importance weights and rejection from `rollout_correction` are refused. verl adds its own entropy and KL terms after ours.
 """
 
 import logging
@@ -43,7 +43,7 @@ class PolicyLoss(PolicyLossConfig):  # type: ignore[misc]
     params: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters of the objective that `loss_mode` names: `cppo_bench_<name>` or `cppo_bench_<module>:<function>`."""
     divergence: dict[str, Any] | None = None
-    """{estimator: binary, kind: tv or kl}; needed by the divergence rules, only logged for others."""
+    """{estimator: binary, kind: tv or kl}: required by objectives that need a divergence, only logged for others."""
 
     def __post_init__(self) -> None:
         if not self.loss_mode.startswith(PREFIX):
@@ -62,7 +62,7 @@ class PolicyLoss(PolicyLossConfig):  # type: ignore[misc]
                     f"algorithm.rollout_correction.{key}: must be null, the ratio already refers to the rollout"
                 )
         self.rule = SampledTokenLoss.of(self.loss_mode.removeprefix(PREFIX), self.params, self.divergence)
-        register(self.loss_mode)  # an objective of the user's own is known from here on
+        register(self.loss_mode)  # makes an objective of the user's own known to verl
 
 
 def loss_mode(objective: str) -> str:
@@ -81,15 +81,15 @@ def compute_policy_loss(
     *,
     mode: str,
 ) -> tuple[Tensor, dict[str, float]]:
-    """One micro-batch's part of the mini-batch loss, in verl's signature; all tensors [B, T].
+    """(loss, metrics): one micro-batch's part of the mini-batch loss, in verl's signature. All tensors are [B, T].
 
     loss_agg_mode: verl's five modes are ours. Their denominators are verl's global ones where it gives them: token-mean
-        divides by the mini-batch's trained tokens, the seq modes by its rows (verl counts empty ones, we would not),
-        -norm also by `actor.loss_scale_factor`, which must be set: verl's default is the width of the micro-batch.
-        The loss is multiplied by dp_size because verl averages gradients over the data-parallel ranks.
+        divides by the mini-batch's trained tokens, and the seq modes divide by its rows (verl counts empty ones, we would
+        not). -norm also divides by `actor.loss_scale_factor`, which must be set, because verl's default is the width of the
+        micro-batch. The loss is multiplied by dp_size, because verl averages gradients over the data-parallel ranks.
 
-    Metrics, under actor/cppo_bench/: each as sum / count of the micro-batch, as _sum and as _count. verl averages all
-    three over micro-batches and ranks; the ratio of the last two is exact.
+    The metrics are named actor/cppo_bench/NAME. Each is given as sum / count of the micro-batch, as _sum and as _count. verl
+    averages all three over micro-batches and ranks; the ratio of the last two is exact.
 
     Raises ValueError when verl is not configured as this module's docstring says.
     """
@@ -98,7 +98,7 @@ def compute_policy_loss(
         raise ValueError(f"policy_loss._target_: {mode} needs {__name__}.PolicyLoss with loss_mode={mode}")
     if rollout_is_weights is not None:
         raise ValueError(
-            f"rollout_is_weights: {mode} is with_anchor on the rollout; set rollout_correction.bypass_mode=True"
+            f"rollout_is_weights: {mode} takes its ratio to the rollout; set rollout_correction.bypass_mode=True"
         )
     aggregation = cast(Aggregation, loss_agg_mode)
     horizon = config.loss_scale_factor if aggregation == "seq-mean-token-sum-norm" else None
@@ -125,13 +125,16 @@ def compute_policy_loss(
 
 
 _judge, _judging = Judge(), Lock()
-"""One a process of verl; it asks from several threads, and a judge answers one at a time."""
+"""One judge per process of verl. verl asks from several threads, and a judge answers one question at a time."""
 
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **_: Any
 ) -> dict[str, float]:
-    """The verdict on a response, as verl's `custom_reward_function`. verl has no third value: unjudged is 0, and logged."""
+    """The verdict on a response, as verl's `custom_reward_function`.
+
+    verl has no third value: a response without a verdict scores 0, and a warning is logged.
+    """
     with _judging:
         verdict = _judge.verdict(solution_str, ground_truth)
     if verdict is None:
@@ -150,7 +153,7 @@ class KeepWeights(CheckpointCallback):  # type: ignore[misc]
 
 
 def register(mode: str) -> None:
-    """Make `mode` a policy loss of verl; a second time is harmless."""
+    """Make `mode` a policy loss of verl. A second call with the same mode does nothing."""
     if mode not in POLICY_LOSS_REGISTRY:
         register_policy_loss(mode)(partial(compute_policy_loss, mode=mode))
 

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from cppo.integrations.verl_checks import VERL_ADVANTAGES, divergence_of, micro_rows
-from cppo.suite.config import Resources, RunConfig, Setting
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Resources, Setting
 from cppo.system.seeds import seed
 from cppo.tasks.types import TextTask
 
 VERSION = "0.9.1"
-"""The verl whose configuration `overrides` speaks; every key is tested against it."""
+"""The version of verl whose configuration keys `overrides` writes. Every key is tested against it."""
 PLAIN_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""A chat template that adds nothing: verl knows only chats."""
+"""A chat template that adds nothing, because verl asks models in chats only."""
 
 
 def verl_python() -> str:
-    """The Python that has verl: $CPPO_VERL_PYTHON, or this one."""
+    """Path of the Python that has verl: $CPPO_VERL_PYTHON, or this one."""
     return os.environ.get("CPPO_VERL_PYTHON", sys.executable)
 
 
@@ -29,8 +30,8 @@ def command(
 ) -> list[str]:
     """The complete command line that trains `run` with verl.
 
-    base: the model's checkpoint folder; folder: the run's directory; report_to: further trackers of verl; attempt: how
-    often the run was started before.
+    base: the model's checkpoint folder. folder: the run's folder. report_to: further trackers of verl. attempt: how often the
+    run was started before.
     """
     chosen = overrides(run, resources, base, folder, report_to, attempt)
     return [verl_python(), "-m", "verl.trainer.main_ppo", *(f"{key}={hydra(value)}" for key, value in chosen.items())]
@@ -39,11 +40,14 @@ def command(
 def overrides(
     run: RunConfig, resources: Resources, base: Path, folder: Path, report_to: Sequence[str] = (), attempt: int = 0
 ) -> dict[str, Any]:
-    """verl's configuration keys for `run` -> values; a key with + is one that verl's YAML does not list."""
+    """verl's configuration keys for `run` -> values; the arguments are those of `command`.
+
+    A key that begins with + is one that verl's YAML does not list.
+    """
     setting, rule, work = run.setting, run.rule, folder.resolve() / "verl"
     task, rollout, scale = setting.task, setting.rollout, setting.scale
     assert isinstance(task, TextTask) and scale is not None and scale.trainer == "verl"
-    # vLLM adds the replica's number: seeds of runs must not be neighbours.
+    # vLLM adds the replica's number to the seed, so seeds of runs must not be neighbours.
     noise = seed("verl", run.setting_name, run.seed) % 2**31
     megatron, gae, micro = scale.sharding == "megatron", rule.advantage == "gae", micro_rows(setting, resources)
     actor, engine = "actor_rollout_ref.actor", "megatron" if megatron else "fsdp_config"
@@ -51,9 +55,9 @@ def overrides(
         "VERL_FILE_LOGGER_PATH": str(work / f"log-{attempt}.jsonl"),
         "TENSORBOARD_DIR": str(work / "tensorboard"),
     }
-    found: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "model_engine": "megatron" if megatron else "dp",
-        # Prompts: the parquet holds every prompt of the run in its order, so that verl shuffles and filters nothing.
+        # Prompts. The parquet file holds every prompt of the run in its order, so verl must not shuffle or filter any.
         "data.train_files": work / "train.parquet",
         "data.val_files": work / "train.parquet",
         "data.train_batch_size": rollout.prompts,
@@ -98,7 +102,7 @@ def overrides(
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": micro,
         "actor_rollout_ref.rollout.seed": noise,
         "critic.enable": gae,
-        # The trainer; checkpoints are scored by lm-eval, not by verl.
+        # The trainer. lm-eval scores the checkpoints, not verl.
         "trainer.use_v1": True,
         "trainer.nnodes": resources.nodes,
         "trainer.n_gpus_per_node": resources.gpus,
@@ -115,29 +119,29 @@ def overrides(
         "trainer.project_name": "cppo-bench",
         "trainer.experiment_name": f"{run.rule_name}-{run.id}",
         "trainer.logger": ["console", "file", *report_to],
-        # Through Ray, because the trainer may run on any node.
+        # Environment variables go through Ray, because the trainer may run on any node.
         **{f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}": value for name, value in environment.items()},
         "hydra.run.dir": work / "hydra",
     }
     if not megatron:
-        found |= {f"{actor}.strategy": "fsdp2"}
+        keys |= {f"{actor}.strategy": "fsdp2"}
     if task.prompt == "base":
-        found |= {"actor_rollout_ref.model.custom_chat_template": PLAIN_PROMPT}
+        keys |= {"actor_rollout_ref.model.custom_chat_template": PLAIN_PROMPT}
     if task.enable_thinking is not None:
-        found |= {"+data.apply_chat_template_kwargs.enable_thinking": task.enable_thinking}
+        keys |= {"+data.apply_chat_template_kwargs.enable_thinking": task.enable_thinking}
     if rollout.overlong_buffer:
         buffer = {"enable": True, "len": rollout.overlong_buffer, "penalty_factor": 1.0, "log": False}
-        found |= {
+        keys |= {
             "reward.reward_manager.name": "dapo",
             "+reward.reward_kwargs": {"overlong_buffer_cfg": buffer, "max_resp_len": rollout.max_response_tokens},
         }
     if gae:
-        found |= _critic(run, base, micro, noise)
-    return found
+        keys |= _critic(run, base, micro, noise)
+    return keys
 
 
 def _engine(key: str, setting: Setting) -> dict[str, Any]:
-    """Sharding and precision: weights and optimiser state in float32, passes in the setting's precision."""
+    """Keys below `key` for sharding and precision: float32 weights and optimiser state, passes in the setting's precision."""
     scale = setting.scale
     assert scale is not None
     if scale.sharding == "megatron":
@@ -152,39 +156,39 @@ def _engine(key: str, setting: Setting) -> dict[str, Any]:
                 if scale.gradient_checkpointing
             },
         }
-    found: dict[str, Any] = {f"{key}.model_dtype": "fp32", f"{key}.dtype": scale.precision}
+    keys: dict[str, Any] = {f"{key}.model_dtype": "fp32", f"{key}.dtype": scale.precision}
     if scale.precision == "float32":  # verl's FSDP computes in bfloat16 unless told here
-        found[f"+{key}.mixed_precision"] = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    return found
+        keys[f"+{key}.mixed_precision"] = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    return keys
 
 
 def _optimizer(key: str, setting: Setting, lr: float) -> dict[str, Any]:
-    """AdamW; verl counts the warm-up in rollouts, from learning rate 0."""
-    how = setting.optimizer
+    """Keys below `key` for AdamW. verl counts the warm-up in rollouts, from learning rate 0."""
+    optimizer = setting.optimizer
     return {
         f"{key}.lr": lr,
-        f"{key}.lr_warmup_steps": how.warmup_updates // setting.rollout.updates,
-        f"{key}.betas": list(how.betas),
-        f"{key}.weight_decay": how.weight_decay,
-        f"{key}.clip_grad": how.grad_clip,
+        f"{key}.lr_warmup_steps": optimizer.warmup_updates // setting.rollout.updates,
+        f"{key}.betas": list(optimizer.betas),
+        f"{key}.weight_decay": optimizer.weight_decay,
+        f"{key}.clip_grad": optimizer.grad_clip,
     }
 
 
 def _states(key: str) -> dict[str, Any]:
-    """What a checkpoint holds; hf_model is what we score."""
+    """Keys below `key` for what a checkpoint holds; hf_model is what we score."""
     state = ["model", "optimizer", "extra"]
     return {f"{key}.checkpoint.save_contents": [*state, "hf_model"], f"{key}.checkpoint.load_contents": state}
 
 
 def _critic(run: RunConfig, base: Path, micro: int, noise: int) -> dict[str, Any]:
-    """PPO's value model, on the same GPUs as the policy."""
+    """Keys for PPO's value model, on the same GPUs as the policy."""
     setting = run.setting
     assert setting.scale is not None
     megatron = setting.scale.sharding == "megatron"
     engine = "critic.megatron" if megatron else "critic.fsdp"
     return {
         "algorithm.gamma": setting.critic.gamma,
-        "algorithm.gae_lambda": setting.critic.gae_lambda,
+        "algorithm.lam": setting.critic.gae_lambda,
         "critic.model.path": base.resolve(),
         "critic.model.enable_gradient_checkpointing": setting.scale.gradient_checkpointing,
         "critic.ppo_micro_batch_size_per_gpu": micro,
@@ -198,7 +202,7 @@ def _critic(run: RunConfig, base: Path, micro: int, noise: int) -> dict[str, Any
 
 
 def hydra(value: Any) -> str:
-    """A value as Hydra's command line reads it back.
+    """A value as text that Hydra's command line reads back.
 
     >>> hydra({"delta": 0.15, "span": None, "adaptive": True, "betas": [0.9, 1e-8]})
     '{delta:0.15,span:null,adaptive:true,betas:[0.9,1e-08]}'
@@ -221,8 +225,10 @@ def hydra(value: Any) -> str:
 
 
 def on_cluster(words: list[str], resources: Resources, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """`words` as it is started: on one node, or on a Ray cluster that runs ($RAY_ADDRESS), unchanged; on several nodes of a
-    Slurm job through `ray symmetric-run`, which starts Ray on each, runs `words` on the first and stops Ray.
+    """The command `words` as it is started on the nodes of `resources`.
+
+    On one node, and where a Ray cluster runs already ($RAY_ADDRESS), it stays as it is. On several nodes of a Slurm job it is
+    started through `ray symmetric-run`, which starts Ray on each node, runs `words` on the first and stops Ray.
 
     Raises ValueError for several nodes with neither.
     """
@@ -240,6 +246,3 @@ def on_cluster(words: list[str], resources: Resources, environment: Mapping[str,
         *(*ray, "--min-nodes", str(nodes), "--num-cpus", str(resources.cpus), "--num-gpus", str(resources.gpus), "--"),
         *words,
     ]
-
-
-# Running and collecting -----------------------------------------------------------------------------------------------

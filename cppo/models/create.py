@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from cppo.suite.config import Model
+from cppo.suite.setting import Model
 from cppo.system.seeds import seed
 from cppo.tasks.types import SPECIAL
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cppo.suite.config import Scale
+from cppo.suite.setting import Scale
 from cppo.system.files import read_json
 
 PROBED_TOKENS = 8

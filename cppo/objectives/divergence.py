@@ -118,6 +118,16 @@ def cppo(cfg: CPPO, tokens: Tokens) -> Terms:
     return replace(terms, gate=torch.where(keep, 1, (1 / excess.clamp(min=1)).clamp(max=below_one)))
 
 
+def position_weight(position: Tensor, span: Tensor | int, w_min: float) -> Tensor:
+    """w_t (Eq. 9): 1 at position 1, from there linear down to `w_min` at position `span`, and `w_min` beyond it.
+
+    position: floating point, counted from 1. span: a number, or whole numbers of a shape that broadcasts; 1 gives weight 1
+    to position 1.
+    """
+    fraction = (position - 1) / (torch.as_tensor(span) - 1).clamp(min=1)
+    return 1 - (1 - w_min) * fraction.clamp(max=1)
+
+
 def exclusive_cumsum(x: Tensor) -> Tensor:
     """Sum over the entries before t in the last axis; 0 at the first."""
     return torch.nn.functional.pad(x.cumsum(-1)[..., :-1], (1, 0))
@@ -147,10 +157,9 @@ def prefix_sums(cfg: CPPO, tokens: Tokens) -> PrefixSums:
     if cfg.shuffle:
         assert tokens.position is not None  # declared as a need
         position = tokens.position
-    span = length if cfg.span is None else cfg.span * torch.ones_like(length)
-    # Divided in the divergence's precision (two integers would divide in float32); T = 1 gives w_1 = 1.
-    fraction = ((position - 1).to(divergence.dtype) / (span - 1).clamp(min=1)).clamp(max=1)
-    weight = torch.where(mask, 1 - (1 - cfg.w_min) * fraction, 0)
+    span = length if cfg.span is None else cfg.span
+    # In the divergence's precision: two integers would divide in float32.
+    weight = torch.where(mask, position_weight(position.to(divergence.dtype), span, cfg.w_min), 0)
     weighted = weight * divergence
     if cfg.delta_b is None:
         delta_b = torch.full_like(divergence[:, 0], torch.inf)

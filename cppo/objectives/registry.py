@@ -146,7 +146,8 @@ class Objective:
     def __call__(self, tokens: Tokens) -> Terms:
         """Apply the rule. Padding gets surrogate 0, gate 1 and reason KEPT, whatever it held; traces are 0 there.
 
-        Raises ValueError for shapes that disagree, or when something that the rule needs is not given.
+        Raises ValueError for shapes that disagree, when something that the rule needs is not given, and for a trace that
+        the rule did not declare.
         """
         for need in sorted(self.needs):
             if getattr(tokens, need) is None:
@@ -154,9 +155,7 @@ class Objective:
         tokens = padded_like(tokens)
         terms = self.spec.function(self.params, tokens)
         mask = tokens.mask
-        undeclared = set(terms.traces) - set(self.spec.traces)
-        if undeclared:
-            raise ValueError(f"objective {self.name}: trace {min(undeclared)} is not among @register's traces")
+        self._check(terms, mask)
         rows = mask.any(-1)
         return Terms(
             surrogate=torch.where(mask, terms.surrogate, 0),
@@ -167,6 +166,23 @@ class Objective:
                 for name, trace in terms.traces.items()
             },
         )
+
+    def _check(self, terms: Terms, mask: torch.Tensor) -> None:
+        """ValueError unless every part of `terms` has the shape that it should have, and every trace was declared."""
+        for part in ("surrogate", "gate", "reason"):
+            shape = getattr(terms, part).shape
+            if shape != mask.shape:
+                raise ValueError(
+                    f"objective {self.name}: {part}: expected shape {tuple(mask.shape)}, got {tuple(shape)}"
+                )
+        for name, trace in terms.traces.items():
+            if name not in self.spec.traces:
+                raise ValueError(f"objective {self.name}: trace {name} is not among @register's traces")
+            if trace.shape not in (mask.shape, mask.shape[:1]):
+                raise ValueError(
+                    f"objective {self.name}: trace {name}: expected shape {tuple(mask.shape)} or {tuple(mask.shape[:1])}, "
+                    f"got {tuple(trace.shape)}"
+                )
 
 
 def objective(name: str, /, **params: object) -> Objective:

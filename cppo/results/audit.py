@@ -1,4 +1,4 @@
-"""From a number back to what made it: `show` prints a run's whole provenance, `verify` derives again what is published."""
+"""From a number back to what made it: `show` prints the whole provenance of a run, `verify` derives published tables again."""
 
 import filecmp
 import subprocess
@@ -12,9 +12,10 @@ import yaml
 
 from cppo.numerics import NUMERICS_VERSION
 from cppo.objectives import objective
+from cppo.results.columns import COLUMNS, TABLES, read_table
 from cppo.results.provenance import PACKAGES
 from cppo.results.run_folder import RunFolder
-from cppo.results.tables import SUMS, TABLES, as_csv, check, read_table
+from cppo.results.tables import SUMS, as_csv, check
 from cppo.suite.config import BaseConfig, RunConfig, parse_run
 from cppo.system.files import read_json, sha256
 from cppo.system.seeds import seed
@@ -24,9 +25,9 @@ from cppo.tasks.types import Axes
 def show(run: str, root: Path, results: Path) -> str:
     """Everything known of the run or base model with this id: where it is, status, code, packages, seeds, configuration.
 
-    Raises ValueError when neither `root` (run directories) nor `results` (published tables) has it.
+    Raises ValueError when neither `root` (run folders) nor `results` (published tables) has it.
     """
-    places: list[tuple[str, dict[str, Any]]] = []  # where, provenance and status
+    places: list[tuple[str, dict[str, Any]]] = []  # (where it is, its provenance and status)
     config: RunConfig | BaseConfig | None = None
     for path in sorted(root.glob(f"*/*/{run}")):
         folder = RunFolder(path)
@@ -37,9 +38,13 @@ def show(run: str, root: Path, results: Path) -> str:
         configs = read_json(path)
         if run in configs:
             config = parse_run(configs[run], f"{path}: {run}")
-            table = read_table(path.with_name("runs.csv"), "runs")
-            (found,) = table[table["run"] == run].to_dict("records")
-            places.append((str(path.parent), {str(name): value for name, value in found.items()}))
+            table = read_table(path.with_name("runs.csv"), COLUMNS["runs"])
+            rows = table[table["run"] == run].to_dict("records")
+            if len(rows) != 1:
+                raise ValueError(
+                    f"{path.with_name('runs.csv')}: {len(rows)} rows of run {run}, expected 1; publish it again"
+                )
+            places.append((str(path.parent), {str(name): value for name, value in rows[0].items()}))
     if config is None:
         raise ValueError(f"{run}: no such run in {root}/ or {results}/; ids are in results/*/runs.csv")
     if config.id != run:
@@ -54,7 +59,7 @@ def show(run: str, root: Path, results: Path) -> str:
             f"  packages  Python {row['python']}, " + ", ".join(f"{name} {row[name]}" for name in PACKAGES),
             f"  machine   {row['machine']}",
         ]
-    lines += ["seeds       each draw has its own, from its axes; the first of each kind:"]
+    lines += ["seeds       each draw has its own seed, from its axes; the first of each kind:"]
     lines += [f"  {' '.join(map(str, axes)):<40} {seed(*axes)}" for axes in _first_seeds(config)]
     body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
     return "\n".join([*lines, "config", *(f"  {line}" for line in body.splitlines())]) + "\n"
@@ -63,20 +68,20 @@ def show(run: str, root: Path, results: Path) -> str:
 def _first_seeds(config: RunConfig | BaseConfig) -> list[Axes]:
     """The axes of the first draw of each kind that the run's numbers depend on."""
     name, task = config.setting_name, config.setting.task
-    found = task.first_seeds(name)
+    axes = task.first_seeds(name)
     if isinstance(config, RunConfig):
-        found += [("order", name, config.seed, 0), ("rollout", name, config.seed, 0)]
+        axes += [("order", name, config.seed, 0), ("rollout", name, config.seed, 0)]
         if "position" in objective(config.rule.objective, **config.rule.params).needs:
-            found += [("shuffle", name, config.seed, 1)]
-    return [*found, ("evaluate", name, config.seed, task.benchmarks[0].name, "<problem id>", 0)]
+            axes += [("shuffle", name, config.seed, 1)]
+    return [*axes, ("evaluate", name, config.seed, task.benchmarks[0].name, "<problem id>", 0)]
 
 
 def verify(folder: Path) -> list[str]:
-    """What was found to hold, a line each, of the published tables in `folder`.
+    """What holds of the published tables in `folder`, in one line each.
 
-    The files' SHA-256, the configurations' hashes, that every row belongs to a run of the suite and none is missing, that
-    both formats of a table agree, and that the printed tables follow from the rows: they are made again and compared.
-    Raises ValueError, one line naming the file, for the first thing that does not hold.
+    Checked are the SHA-256 of the files, the hashes of the configurations, that every row belongs to a run of the suite and
+    none is missing, that both formats of a table agree, and that the printed tables follow from the rows: they are made again
+    and compared. Raises ValueError, one line that names the file, for the first thing that does not hold.
     """
     sums = _sums(folder / SUMS)
     for name, expected in sums.items():
@@ -89,7 +94,7 @@ def verify(folder: Path) -> list[str]:
         if as_csv(table) != (folder / f"{name}.csv").read_text(encoding="utf-8"):
             raise ValueError(f"{folder / name}.csv: differs from {name}.parquet; publish it again or restore it")
     printed = _redraw(folder)
-    rows = {name: len(read_table(folder / f"{name}.csv", name)) for name in TABLES}
+    rows = {name: len(read_table(folder / f"{name}.csv", COLUMNS[name])) for name in TABLES}
     return [
         f"{len(sums)} files have the SHA-256 of their publication",
         f"{rows['runs']} runs: every id is the hash of its resolved configuration in configs.json",
@@ -101,8 +106,8 @@ def verify(folder: Path) -> list[str]:
 
 
 def published_numerics(folder: Path) -> str:
-    """The numerics version of the published tables in `folder`, which `check` has found to be one."""
-    (version,) = set(read_table(folder / "runs.csv", "runs")["numerics"])
+    """The numerics version of the published tables in `folder`, which `check` has found to be the same in every row."""
+    (version,) = set(read_table(folder / "runs.csv", COLUMNS["runs"])["numerics"])
     return str(version)
 
 
@@ -114,7 +119,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def _redraw(folder: Path) -> list[str]:
-    """Names of the printed tables in `folder`/figures, each made again from the rows and found equal."""
+    """Names of the printed tables in `folder`/figures, after each was made again from the rows and found equal."""
     figures = folder / "figures"
     scripts = sorted({path.stem for path in figures.glob("table*.md")})
     if not scripts:

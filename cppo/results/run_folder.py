@@ -186,7 +186,7 @@ class RunFolder:
         for name, kinds in (("iterations", (int,)), ("collapsed_at", (int, type(None)))):
             if name not in values:
                 raise ValueError(f"{path}: {name} is missing; train the run again")
-            if type(values[name]) not in kinds:
+            if type(values[name]) not in kinds or (values[name] or 0) < 0:
                 raise ValueError(
                     f"{path}: {name}: expected a whole number, got {values[name]!r:.60}; train the run again"
                 )

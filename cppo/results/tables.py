@@ -1,8 +1,9 @@
-"""A suite's tables: collected from run directories, checked, and published to `results/`.
+"""A suite's tables: collected from run folders, checked, and published to `results/`.
 
-Tables (CSV and Parquet): scores (a row per problem and checkpoint), curves (a row per iteration), positions (drift by token
-position, pooled over the iterations that lead to a checkpoint), tokens (what a rule shows of real tokens), runs (status,
-provenance, speed). Beside them suite.json (the suite) and configs.json (run id -> resolved configuration).
+The tables (each as CSV and as Parquet, columns in `cppo.results.columns`) are scores (one row per problem and checkpoint),
+curves (one row per iteration), positions (drift by token position, pooled over the iterations that lead to a checkpoint),
+tokens (what a rule shows of real tokens), and runs (status, provenance, speed). Beside them are suite.json (the suite) and
+configs.json (run id -> resolved configuration). results/README.md says what each column means.
 """
 
 import json
@@ -14,94 +15,27 @@ from typing import Any
 
 import pandas as pd
 
-from cppo.results.provenance import PACKAGES
+from cppo.results.columns import COLUMNS, CURVES, KEY, TABLES, read_table
 from cppo.results.run_folder import DONE, SCORES, RunFolder
 from cppo.suite.config import BaseConfig, RunConfig, parse_run
 from cppo.suite.schema import parse
 from cppo.suite.suite import Suite
 from cppo.system.files import atomic_folder, partial_path, read_json, sha256, write_atomic, writing
 
-TABLES = ("scores", "curves", "positions", "tokens", "runs")
+FILES = (*(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")), "suite.json", "configs.json")
+"""Names of the files that `collect` writes."""
 SUMS = "SHA256SUMS"
-"""What `publish` writes beside the tables, in the format of sha256sum."""
+"""What `publish` writes beside them, in the format of sha256sum."""
 TOKEN_ROWS = 3
 """Responses of a dump that enter the tokens table: it is committed, and the figure shows one."""
-TOKEN_LISTS = ["token", "advantage", "ratio", "reason"]
-"""Lists that every row of a token dump has; there are more, all as long."""
-TIMES = ["total", "tokens", "rollout", "update"]
-KEY = ["run", "rule", "setting", "seed"]
-CURVES = [
-    "reward",
-    "accuracy",
-    "unjudged",
-    "response_length",
-    "truncated",
-    "entropy",
-    "divergence",
-    "mask_share",
-    "mask_share/threshold",
-    "mask_share/budget",
-    "mask_share/sequence",
-    "gate_mean",
-    "delta_b",
-    "loss",
-    "value_loss",
-    "grad_norm",
-    "relative_logprob_error",
-    "drift",
-    "zero_variance",
-    "skipped_updates",
-    "nonfinite_updates",
-]
-
-COLUMNS = {
-    "scores": [
-        *KEY,
-        *["iteration", "benchmark", "problem", "correct", "samples", "unjudged", "mean_length", "truncated"],
-    ],
-    "curves": [*KEY, "iteration", *(name.replace("/", "_") for name in CURVES)],
-    "positions": [*KEY, *["iteration", "first", "last", "count", "drift", "tail"]],
-    "tokens": [*KEY, *["iteration", "row", "position", "token", "advantage", "ratio", "reason"]],
-    "runs": [
-        *KEY,
-        *[
-            "objective",
-            "status",
-            "iterations",
-            "collapsed_at",
-            "seconds",
-            "rollout_tokens_per_second",
-            "update_tokens_per_second",
-        ],
-        *["numerics", "commit", "python", "machine"],
-        *PACKAGES,
-    ],
-}
-"""Columns that each table has at least; runs has those of provenance.json too, tokens those that rules show, and curves those
-of every metric."""
-TEXT = dict.fromkeys(
-    [
-        "run",
-        "rule",
-        "setting",
-        "benchmark",
-        "problem",
-        "objective",
-        "status",
-        "numerics",
-        "commit",
-        "python",
-        "machine",
-        "token",
-    ],
-    str,
-) | dict.fromkeys(PACKAGES, str)
-"""Columns that stay text when read: ten hex digits may look like a number, a rule's name like a missing value. All other
-columns hold numbers."""
+TOKEN_LISTS = ("token", "advantage", "ratio", "reason")
+"""Lists that every row of a token dump has. A rule may add others, which are as long."""
+TIMES = ("total", "tokens", "rollout", "update")
+"""What a row of the stream of timings has: seconds, and the number of sampled tokens."""
 
 
 def collect(suite: Suite, root: Path, out: Path) -> None:
-    """Write the suite's tables from the run directories under `root`.
+    """Write the suite's tables to `out`, from the run folders under `root`.
 
     Raises ValueError for a run that is missing, not scored, or of another numerics version, naming it.
     """
@@ -115,7 +49,7 @@ def collect(suite: Suite, root: Path, out: Path) -> None:
             raise ValueError(f"{folder.path}: {missing} is missing; train and evaluate run {config.id} first")
         folder.check_numerics()
         configs[config.id] = config.model_dump(mode="json")
-        parts["scores"].append(read_table(folder.scores, "scores"))
+        parts["scores"].append(read_table(folder.scores, COLUMNS["scores"]))
         parts["runs"].append(_run_row(config, folder))
         if isinstance(config, RunConfig):
             parts["curves"].append(_curves(config, folder))
@@ -157,16 +91,16 @@ def _jsonl(path: Path, numbers: Sequence[str], lists: Sequence[str] = ()) -> lis
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: not a JSON object; {remedy}")
-        # A dump holds further lists: what its rule shows of each token.
-        here = [*lists, *(name for name, x in row.items() if lists and isinstance(x, list) and name not in lists)]
-        for name in here:
+        # A dump may hold further lists: what its rule shows of each token.
+        own_lists = [*lists, *(name for name, x in row.items() if lists and isinstance(x, list) and name not in lists)]
+        for name in own_lists:
             values = row.get(name)
             if not isinstance(values, list) or len(values) != len(row[lists[0]]):
                 raise ValueError(f"{path}:{number}: {name}: not a list as long as {lists[0]}; {remedy}")
             if not all(isinstance(value, str) if name == "token" else _is_number(value) for value in values):
                 what = "texts" if name == "token" else "numbers"
                 raise ValueError(f"{path}:{number}: {name}: expected a list of {what}; {remedy}")
-        for name in dict.fromkeys([*numbers, *(name for name in row if name not in here)]):
+        for name in dict.fromkeys([*numbers, *(name for name in row if name not in own_lists)]):
             value = row.get(name)
             if not _is_number(value) and (name in numbers or value is not None):
                 raise ValueError(f"{path}:{number}: {name!r:.60}: expected a number, got {value!r:.60}; {remedy}")
@@ -175,7 +109,7 @@ def _jsonl(path: Path, numbers: Sequence[str], lists: Sequence[str] = ()) -> lis
 
 
 def _is_number(value: object) -> bool:
-    """A JSON number that a table can hold; true and false are none."""
+    """Whether this is a JSON number that a table can hold; true and false are not numbers."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
@@ -183,8 +117,8 @@ def _key(config: RunConfig | BaseConfig) -> dict[str, Any]:
     return {"run": config.id, "rule": config.rule_name, "setting": config.setting_name, "seed": config.seed}
 
 
-def _keyed(config: RunConfig, rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-    """Rows of a run with its key; at least these columns, in this order, then any others."""
+def _keyed(config: RunConfig, rows: list[dict[Any, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a run with its key. They have at least these columns, in this order, then any others."""
     names = dict.fromkeys([*KEY, *columns, *(name for row in rows for name in row)])
     return pd.DataFrame([_key(config) | row for row in rows], columns=list(names))
 
@@ -197,7 +131,7 @@ def _run_row(config: RunConfig | BaseConfig, folder: RunFolder) -> pd.DataFrame:
         "collapsed_at": status.collapsed_at,
     }
     if isinstance(config, RunConfig):
-        timings = pd.DataFrame(_jsonl(folder.stream("timings"), TIMES), columns=TIMES)
+        timings = pd.DataFrame(_jsonl(folder.stream("timings"), TIMES), columns=list(TIMES))
         row |= {
             "objective": config.rule.objective,
             "seconds": round(timings["total"].sum(), 1),
@@ -224,55 +158,49 @@ def _positions(config: RunConfig, folder: RunFolder) -> pd.DataFrame:
     pooled = rows.groupby(["iteration", "first", "last"], as_index=False)[names[3:]].sum()
     pooled["drift"] = pooled["sum"] / pooled["count"]
     pooled["tail"] = pooled["tail_sum"] / pooled["tail_count"]
-    columns = ["iteration", "first", "last", "count", "drift", "tail"]
-    found = [dict(zip(columns, row, strict=True)) for row in pooled[columns].itertuples(index=False)]
-    return _keyed(config, found, columns)
-
-
-def _by_iteration(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    found: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["iteration"], []).append(row)
-    return found
+    columns = COLUMNS["positions"][len(KEY) :]
+    return _keyed(config, pooled[list(columns)].to_dict("records"), columns)
 
 
 def _tokens(config: RunConfig, folder: RunFolder) -> pd.DataFrame:
-    """The first responses of each checkpoint's dump (those with most masked tokens), a row per token."""
-    numbers = ["iteration", "row"]
+    """The first responses of each checkpoint's dump (those with most masked tokens), one row per token."""
+    numbers = ("iteration", "row")
+    dumps: dict[int, list[dict[str, Any]]] = {}
+    for response in _jsonl(folder.stream("tokens"), numbers, TOKEN_LISTS):
+        dumps.setdefault(response["iteration"], []).append(response)
     rows = [
-        {"iteration": dump["iteration"], "row": dump["row"], "position": t + 1}
-        | {name: values[t] for name, values in dump.items() if name not in numbers}
-        for dumps in _by_iteration(_jsonl(folder.stream("tokens"), numbers, TOKEN_LISTS)).values()
-        for dump in dumps[:TOKEN_ROWS]
-        for t in range(len(dump["token"]))
+        {"iteration": iteration, "row": response["row"], "position": t + 1}
+        | {name: values[t] for name, values in response.items() if name not in numbers}
+        for iteration, responses in dumps.items()
+        for response in responses[:TOKEN_ROWS]
+        for t in range(len(response["token"]))
     ]
     return _keyed(config, rows, COLUMNS["tokens"][len(KEY) :])
 
 
 def publish(source: Path, target: Path) -> list[str]:
-    """Check the tables in `source` and copy them to `target`, which is committed; names of what was copied.
+    """Check the tables in `source` and copy them to `target`, which is committed. Returns the names of the files in `target`.
 
-    Figures and printed tables go along when the workflow has drawn them. Raises ValueError when a table is missing or
-    incomplete, or rows come from different numerics versions.
+    Figures and printed tables are copied too when the workflow has drawn them. Raises ValueError when a table is missing or
+    incomplete, or when its rows come from different numerics versions.
     """
     check(source)
     target.mkdir(parents=True, exist_ok=True)
-    tables = [f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")] + ["suite.json", "configs.json"]
-    for name in tables:
+    for name in FILES:
         with writing(target / name):
             shutil.copyfile(source / name, target / name)
-    write_atomic(target / SUMS, "".join(f"{sha256(source / name)}  {name}\n" for name in sorted(tables)))
+    write_atomic(target / SUMS, "".join(f"{sha256(source / name)}  {name}\n" for name in sorted(FILES)))
     figures = sorted(path.name for path in (source / "figures").glob("*") if path.is_file())
     if figures:
         with atomic_folder(target / "figures") as folder:
             for name in figures:
                 shutil.copyfile(source / "figures" / name, folder / name)
-    return [*tables, SUMS, *(f"figures/{name}" for name in figures)]
+    return [*FILES, SUMS, *(f"figures/{name}" for name in figures)]
 
 
 def check(folder: Path) -> None:
-    """ValueError, one line naming the file, unless the tables in `folder` are whole and of one numerics version."""
-    tables = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
+    """Raises ValueError, one line that names the file, unless the tables in `folder` are whole and of one numerics version."""
+    tables = {name: read_table(folder / f"{name}.csv", COLUMNS[name]) for name in TABLES}
     for name in TABLES:
         if not (folder / f"{name}.parquet").is_file():
             raise ValueError(f"{folder / name}.parquet: missing; run `python -m cppo collect` first")
@@ -290,23 +218,23 @@ def check(folder: Path) -> None:
             # A run that collapses at a checkpoint's iteration ends before that checkpoint is saved.
             last = total + (row["status"] == "finished")
             scored = list(range(setting.checkpoint_every, last, setting.checkpoint_every))
-            if iterations.get(run, 0) != total:
-                found = iterations.get(run, 0)
+            rows = iterations.get(run, 0)
+            if rows != total:
                 raise ValueError(
-                    f"{folder / 'curves.csv'}: run {run}: {found} iterations, expected {total}; collect again"
+                    f"{folder / 'curves.csv'}: run {run}: {rows} iterations, expected {total}; collect again"
                 )
         for benchmark in setting.task.benchmarks:
             for iteration in scored:
-                found = counts.get((run, iteration, benchmark.name), 0)
-                if found != benchmark.problems:
+                problems = counts.get((run, iteration, benchmark.name), 0)
+                if problems != benchmark.problems:
                     raise ValueError(
-                        f"{folder / 'scores.csv'}: run {run} iteration {iteration} {benchmark.name}: {found} problems, "
+                        f"{folder / 'scores.csv'}: run {run} iteration {iteration} {benchmark.name}: {problems} problems, "
                         f"expected {benchmark.problems}; evaluate it again"
                     )
 
 
 def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) -> None:
-    """configs.json holds the suite's runs under their hashes, runs.csv the same ones, of one numerics version."""
+    """Checks that configs.json holds the suite's runs under their hashes, and runs.csv the same runs of one version."""
     where = folder / "configs.json"
     for run, config in configs.items():
         if parse_run(config, f"{where}: {run}").id != run:
@@ -314,9 +242,9 @@ def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) ->
     expected = len(suite.settings) * (len(suite.seeds) * len(suite.rules) + 1)
     if len(configs) != expected:
         raise ValueError(f"{where}: {len(configs)} runs, the suite has {expected}; collect again")
-    if sorted(runs["run"].astype(str)) != sorted(configs) or not runs["setting"].isin(list(suite.settings)).all():
+    if sorted(runs["run"]) != sorted(configs) or not runs["setting"].isin(list(suite.settings)).all():
         raise ValueError(f"{folder / 'runs.csv'}: run: not the runs of configs.json; collect again")
-    versions = sorted(runs["numerics"].astype(str).unique())
+    versions = sorted(runs["numerics"].unique())
     if len(versions) != 1:
         raise ValueError(
             f"{folder / 'runs.csv'}: numerics: runs come from different numerics versions ({', '.join(versions)}); run the "
@@ -325,7 +253,7 @@ def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) ->
 
 
 def _check_scores(folder: Path, suite: Suite, scores: pd.DataFrame) -> None:
-    """Every row is one problem's whole Avg@k."""
+    """Checks that every row is the whole Avg@k of one problem."""
     where = folder / "scores.csv"
     if not (scores["samples"] == suite.evaluation.samples).all():
         raise ValueError(f"{where}: samples: not {suite.evaluation.samples} in every row; evaluate again")
@@ -335,33 +263,15 @@ def _check_scores(folder: Path, suite: Suite, scores: pd.DataFrame) -> None:
         raise ValueError(f"{where}: problem: one occurs twice in a checkpoint; evaluate again")
 
 
-def read_table(path: Path, table: str) -> pd.DataFrame:
-    """A table with at least its columns; text stays text."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; run the suite (`snakemake`) or `python -m cppo collect` first")
-    try:
-        found = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-    except (ValueError, OverflowError):
-        raise ValueError(f"{path}: not a CSV table; delete it and make it again") from None
-    for column in COLUMNS[table]:
-        if column not in found:
-            raise ValueError(f"{path}: column {column} is missing; delete it and make it again")
-        numbers = found[column] if column in TEXT else pd.to_numeric(found[column], errors="coerce")
-        wrong = found.index[numbers.isna() & found[column].notna()]
-        if len(wrong):
-            value, line = found.loc[wrong[0], column], wrong[0] + 2
-            raise ValueError(f"{path}:{line}: {column}: {value!r:.60} is not a number; delete it and make it again")
-    return found
-
-
 def published_suite(folder: Path) -> Suite:
-    """The suite of a folder of tables."""
+    """The suite of a folder of tables: suite.json without the `traces` that `Suite.published` adds to each rule.
+
+    Raises ValueError, one line that names the file, when it is missing or damaged.
+    """
     path = folder / "suite.json"
     raw = read_json(path)
     rules = raw.get("rules")
-    if isinstance(rules, list):  # what `Suite.published` adds
-        raw = {
-            **raw,
-            "rules": [{k: v for k, v in r.items() if k != "traces"} if isinstance(r, dict) else r for r in rules],
-        }
+    for rule in rules if isinstance(rules, list) else ():
+        if isinstance(rule, dict):
+            rule.pop("traces", None)
     return parse(Suite, raw, str(path))

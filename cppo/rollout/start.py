@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from cppo.rollout.engines import ENGINES
 from cppo.rollout.types import Engine
-from cppo.suite.config import Scale
+from cppo.suite.setting import Scale
 
 
 def start_engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel | None = None) -> Engine:

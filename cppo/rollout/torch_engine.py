@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from cppo.models.load import device_of, load_pretrained
 from cppo.rollout.sampling import end_tokens, sample
 from cppo.rollout.types import SAMPLED_ONLY, Policy, Record, Rollouts
-from cppo.suite.config import Scale
+from cppo.suite.setting import Scale
 
 DROP_BELOW = 0.75
 """Finished rows are dropped from the cache when a smaller share than this is active: each drop copies the cache."""

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cppo.suite.config import Scale
+from cppo.suite.setting import Scale
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from cppo.rollout.sampling import end_tokens
 from cppo.rollout.types import SAMPLED_ONLY, EngineDied, Policy, Record, Rollouts
-from cppo.suite.config import Scale
+from cppo.suite.setting import Scale
 
 STANDALONE_MEMORY = 0.9
 """Share of a GPU's memory for an engine that no training shares it with."""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cppo.suite.config import Model, RunConfig, Setting
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Model, Setting
 from cppo.suite.suite import Suite
 
 PEAK_FLOPS = 989e12

@@ -90,18 +90,22 @@ def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
     except ValidationError as error:
         # A misspelt key is also a missing one: name what was written.
         first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        key = ".".join(_place(first["loc"], json.loads(text), missing=first["type"] == "missing"))
-        known = {
-            "extra_forbidden": "unknown key",
-            "missing": "missing key",
-            "union_tag_not_found": "family: missing key",
-        }
-        message = known.get(first["type"], first["msg"])
-        message = RENAMED.get(str(first["loc"][-1]), message) if first["type"] == "extra_forbidden" else message
-        message = message.removeprefix("Value error, ")
-        raise ValueError(f"{where}: {one_line((key + ': ' if key else '') + message)}") from None
+        place = _place(first["loc"], json.loads(text), missing=first["type"] == "missing")
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = RENAMED.get(str(first["loc"][-1]), "unknown key")
+        elif first["type"] == "missing":
+            message = "missing key"
+        elif first["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            # The key that says which member of a union is meant; pydantic names the place of the union.
+            place.append(first["ctx"]["discriminator"].strip("'"))
+            message = "missing key"
+            if first["type"] == "union_tag_invalid":
+                message = f"{first['ctx']['tag']!r:.60} is not one of {first['ctx']['expected_tags']}"
+        raise ValueError(f"{where}: {one_line(': '.join(filter(None, ('.'.join(place), message))))}") from None
 
 
+OLDER = "older code made this folder: move it away and make it again"
 RENAMED = {
     old: f"is now called {new}"
     for old, new in {
@@ -109,8 +113,8 @@ RENAMED = {
         "by_setting": "params_by_setting",
         "lam": "gae_lambda",
         "steps": "sizes (of a task) or size (of a benchmark)",
-        "plan": "setting; the run was made by older code: train it again",
-        "label": "rule.name; the run was made by older code: train it again",
+        "plan": f"setting; {OLDER}",
+        "label": f"rule.name; {OLDER}",
         "vllm_gpus": "engine_gpus",
         "vllm_memory": "engine_memory",
         "vllm_tolerance": "engine_tolerance",

@@ -20,9 +20,10 @@ from cppo import advantages, divergences
 from cppo.integrations import verl_checks
 from cppo.objectives import Objective, objective, params_of, spec
 from cppo.rollout.engines import ENGINES
-from cppo.suite.config import BaseConfig, Divergence, Evaluation, Resources, RuleEntry, RunConfig, Setting
+from cppo.suite.config import BaseConfig, Divergence, Evaluation, RuleEntry, RunConfig
 from cppo.suite.presets import expand
 from cppo.suite.schema import Config, Name, Seed, one_line, parse, unique
+from cppo.suite.setting import Resources, Setting
 from cppo.suite.yaml_file import read_yaml
 from cppo.system.plugins import code_of
 
@@ -133,7 +134,7 @@ def suite_path(name: str) -> Path:
 
 def suite_name(name: str) -> str:
     """The name of a suite that is given by its name, its file or a folder of its tables."""
-    return Path(name).stem
+    return Path(name).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def load_suite(name: str | Path, added: tuple[str, ...] = ()) -> Suite:
@@ -159,7 +160,10 @@ def load_suite(name: str | Path, added: tuple[str, ...] = ()) -> Suite:
             try:
                 check_rule(resolve(rule, setting_name, setting), setting)
             except ValueError as error:
-                raise ValueError(f"{path}: rules.{rule.name}.{one_line(str(error))}") from None
+                message = one_line(str(error))
+                if message.startswith("divergence") and "divergence" in rule.params_by_setting.get(setting_name, {}):
+                    message = f"params_by_setting.{setting_name}.{message}"
+                raise ValueError(f"{path}: rules.{rule.name}.{message}") from None
     return suite
 
 

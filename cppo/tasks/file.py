@@ -13,7 +13,7 @@ the box. What makes a set whole is told in `cppo.tasks.reading`.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -72,7 +72,7 @@ class FileTask(TextTask):
 
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted.path)
-                found, counts = held_out(wanted.name, rows, judgeable)
+                found, counts = held_out(wanted.name, rows, judgeable, wanted.path)
                 if len(found) < wanted.problems:
                     raise ValueError(
                         f"{wanted.path}: holds {len(found)} problems, benchmark {wanted.name} of the suite asks for "
@@ -96,18 +96,22 @@ class FileTask(TextTask):
 
         def rows() -> Iterator[tuple[str, str, int]]:
             for where, row in read_rows(path):
-                for key, column in (("question", self.columns.question), ("answer", self.columns.answer)):
-                    value = row.get(column)
-                    if not (isinstance(value, str) or type(value) is int):
-                        what = (
-                            f"{value!r:.60} is neither text nor a whole number"
-                            if column in row
-                            else "there is no such column"
-                        )
-                        raise ValueError(
-                            f"{path}: {where}: column {column}: {what}; task.columns.{key} names it, and the file has "
-                            f"{', '.join(row)}"
-                        )
-                yield str(row[self.columns.question]).strip(), str(row[self.columns.answer]).strip(), 0
+                read = [self._value(row, key, f"{path}: {where}") for key in ("question", "answer")]
+                yield read[0], read[1], 0
 
         return rows(), {"file": name, "sha256": sha256(path)}
+
+    def _value(self, row: dict[str, Any], key: Literal["question", "answer"], where: str) -> str:
+        """The question or the answer of a row, without blanks around it; nothing at all is an empty text."""
+        column = self.columns.question if key == "question" else self.columns.answer
+        if column not in row:
+            raise ValueError(
+                f"{where}: there is no column {column}; the file has {', '.join(row)}: "
+                f"name the right one as task.columns.{key}"
+            )
+        value = row[column]
+        if not (value is None or isinstance(value, str) or type(value) is int):
+            raise ValueError(
+                f"{where}: column {column}: {value!r:.60} is neither text nor a whole number; write it as text"
+            )
+        return "" if value is None else str(value).strip()

@@ -182,7 +182,7 @@ class MathTask(TextTask):
 
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted)
-                found, counts = held_out(wanted.name, rows, judgeable)
+                found, counts = held_out(wanted.name, rows, judgeable, wanted.name)
                 expected = wanted.rows or wanted.problems
                 if len(found) != expected:
                     raise ValueError(
@@ -219,7 +219,7 @@ class MathTask(TextTask):
                     first = error.errors()[0]
                     column = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
                     raise ValueError(
-                        f"{wanted.name}: {where}: column {column}: {first['msg'].lower()}; the columns must be "
+                        f"{wanted.name}: {where} of {path.name}: column {column}: {first['msg'].lower()}; the columns must be "
                         f"those of {source.file} in {source.repo}; this file has {', '.join(raw)}"
                     ) from None
                 yield question.strip(), answer.strip(), difficulty

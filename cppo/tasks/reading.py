@@ -19,6 +19,8 @@ from cppo.tasks.types import Problem, Report, problem
 
 ENDINGS = (".parquet", ".jsonl", ".csv")
 """Endings of files that may hold problems."""
+ENCODING = "utf-8-sig"
+"""UTF-8, with or without the byte order mark that spreadsheets write."""
 CSV_FIELD_CHARACTERS = 2**24
 """Longest field of a CSV file that is read."""
 
@@ -27,7 +29,7 @@ Rows = Iterable[tuple[str, str, int]]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, column -> value) of each row of a file.
+    """(where it stands in the file, column -> value) of each row.
 
     Raises ValueError, one line naming the file and the row, for a file that cannot be read.
     """
@@ -51,17 +53,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number} of {path.name}", row
+                yield f"row {number}", row
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"line {number} of {path.name}"
+            if not line.strip():
+                continue
+            where = f"line {number}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                raise ValueError(f"{path}: {where}: not a JSON object; copy the file again") from None
+                row = None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: {where}: not a JSON object; copy the file again")
             yield where, row
@@ -69,23 +73,25 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(CSV_FIELD_CHARACTERS)
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding=ENCODING, newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         for row in reader:
-            where = f"line {reader.line_num} of {path.name}"
+            where = f"line {reader.line_num}"
             if None in row or None in row.values():
                 raise ValueError(f"{path}: {where}: not as many values as the header has columns; copy the file again")
             yield where, row
 
 
-def held_out(name: str, rows: Rows, judgeable: Callable[[Problem], bool]) -> tuple[tuple[Problem, ...], Report]:
+def held_out(
+    name: str, rows: Rows, judgeable: Callable[[Problem], bool], place: str
+) -> tuple[tuple[Problem, ...], Report]:
     """A benchmark's problems and its part of the report. Raises ValueError for an empty or repeated problem.
 
-    judgeable: whether a problem's own gold answer is judged right; others are counted, not dropped.
+    judgeable: whether a problem's own gold answer is judged right; others are counted, not dropped. place: what errors name.
     """
     found: dict[str, Problem] = {}
     for number, (question, answer, difficulty) in enumerate(rows, start=1):
-        where = f"{name}: row {number}"
+        where = f"{place}: row {number}"
         if not (question and answer):
             raise ValueError(f"{where}: the {'answer' if question else 'question'} is empty; a benchmark must be whole")
         if _spaced(question) in found:

@@ -21,7 +21,8 @@ from cppo.results.provenance import provenance
 from cppo.results.run_folder import RunFolder, Status
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import BaseConfig, Model, Pretrained
+from cppo.suite.config import BaseConfig
+from cppo.suite.setting import Model, Pretrained
 from cppo.system.files import read_json, sha256, write_atomic, writing
 from cppo.system.hub import fetch
 from cppo.system.seeds import uniforms

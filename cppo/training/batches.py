@@ -19,7 +19,8 @@ from cppo.models.logprobs import TokenLogprobs, token_logprobs
 from cppo.objectives import Objective
 from cppo.rewards import Judge, overlong_penalty
 from cppo.rollout.types import Engine, Record, Rollouts, concatenate, widen
-from cppo.suite.config import Divergence, RunConfig, Scale
+from cppo.suite.config import Divergence, RunConfig
+from cppo.suite.setting import Scale
 from cppo.system.seeds import torch_generator, uniforms
 from cppo.tasks.types import Problem
 from cppo.training.critic import ValueModel

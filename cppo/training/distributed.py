@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cppo.suite.config import Optimizer, RunConfig, Scale
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Optimizer, Scale
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")

@@ -34,7 +34,7 @@ Bad = tuple[str | bytes, str]
 KINDS: dict[str, Callable[[random.Random], Bad]] = {}
 COMMANDS = {
     "check-suite": lambda suite, root: ["check-suite", suite],
-    "runs": lambda suite, root: ["runs", "--suite", suite, "--root", root],
+    "runs": lambda suite, root: ["runs", "--suite", suite],
     "train": lambda suite, root: ["train", "--suite", suite, "--root", root, "--run", "0123456789"],
     "data": lambda suite, root: ["data", "--suite", suite, "--root", root, "--setting", "tiny"],
     "collect": lambda suite, root: ["collect", "--suite", suite, "--root", root],
@@ -132,7 +132,7 @@ def unknown_key(rng: random.Random) -> Bad:
 
 @kind
 def missing_key(rng: random.Random) -> Bad:
-    required = "title model task seeds lr prompts steps objective samples".split()
+    required = "title model task family seeds lr prompts sizes size objective samples".split()
     keys = rng.choice([k for k in NODES if k and k[-1] in required])
     raw = copy.deepcopy(SMOKE)
     node: Any = raw
@@ -154,10 +154,10 @@ def duplicate_key(rng: random.Random) -> Bad:
 
 @kind
 def duplicate_name(rng: random.Random) -> Bad:
-    what = rng.choice(["objectives", "benchmarks", "seeds", "many seeds"])
-    if what == "objectives":
-        entries = SMOKE["objectives"]
-        return dump({**SMOKE, "objectives": [*entries, rng.choice(entries)]}), "name"
+    what = rng.choice(["rules", "benchmarks", "seeds", "many seeds"])
+    if what == "rules":
+        entries = SMOKE["rules"]
+        return dump({**SMOKE, "rules": [*entries, rng.choice(entries)]}), "name"
     if what == "benchmarks":
         keys = ("settings", "tiny", "task", "benchmarks")
         return dump(at(keys, [*NODES[keys], rng.choice(NODES[keys])])), "benchmarks"
@@ -188,9 +188,7 @@ def path_in_a_name(rng: random.Random) -> Bad:
     if place == "resources":
         return dump({**SMOKE, "resources": {name: {}}}), "resources"
     if place == "params_by_setting":
-        return dump(
-            at(("objectives", 0), {**SMOKE["objectives"][0], "params_by_setting": {name: {}}})
-        ), "params_by_setting"
+        return dump(at(("rules", 0), {**SMOKE["rules"][0], "params_by_setting": {name: {}}})), "params_by_setting"
     return dump(at(place, name)), "name"  # type: ignore[arg-type]
 
 
@@ -200,7 +198,7 @@ def module_path(rng: random.Random) -> Bad:
         "os:system ..os:system builtins:eval a/b:c subprocess:run os.path cppo.__main__:main x:y:z no.such:rule math:pi"
     )
     text = rng.choice(paths.split())
-    return dump(at(("objectives", 0, "objective"), text)), "objective"
+    return dump(at(("rules", 0, "objective"), text)), "objective"
 
 
 @kind
@@ -306,11 +304,11 @@ def impossible_together(rng: random.Random) -> Bad:
                 {"name": "organisation/model", "trust_remote_code": True},
                 "trust_remote_code",
             ),
-            (("objectives", 4, "divergence"), None, "divergence"),
-            (("objectives", 0, "divergence"), {"estimator": "binary"}, "divergence"),
-            (("objectives", 4, "divergence"), {"estimator": "top_k"}, "divergence"),
-            (("objectives", 0, "settings"), {"delta": 1.0}, "delta"),
-            (("objectives", 0, "name"), "base", "base"),
+            (("rules", 4, "divergence"), None, "divergence"),
+            (("rules", 0, "divergence"), {"estimator": "binary"}, "divergence"),
+            (("rules", 4, "divergence"), {"estimator": "top_k"}, "divergence"),
+            (("rules", 0, "params"), {"delta": 1.0}, "delta"),
+            (("rules", 0, "name"), "base", "base"),
         ]
     )
     return dump(at(keys, value)), says

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from faults.suites import tree
 from faults.workshop import Workshop
+from tiny import smoke
 
 from cppo import rewards
 from cppo.__main__ import main
@@ -82,13 +83,13 @@ def test_streams(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFi
     refused(capsys, root, collect, path, "missing")
 
 
-@pytest.mark.parametrize("column", ["seed", "step", "correct", "samples", "unjudged", "mean_length", "truncated"])
+@pytest.mark.parametrize("column", ["seed", "iteration", "correct", "samples", "unjudged", "mean_length", "truncated"])
 def test_scores(run: tuple[Workshop, Path, RunConfig], capsys: pytest.CaptureFixture[str], column: str) -> None:
     """In the table of a run, and in the rows of one checkpoint that an interrupted evaluation left."""
     shop, root, config = run
     _, evaluate, collect = shop.everything(root)
     folder = root / config.folder
-    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "step-1.csv", evaluate)):
+    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "iteration-1.csv", evaluate)):
         whole = path.read_text()
         lines = whole.splitlines()
         cells = lines[2].split(",")
@@ -106,7 +107,7 @@ def test_files_that_are_no_scores(
     shop, root, config = run
     _, evaluate, collect = shop.everything(root)
     folder = root / config.folder
-    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "step-1.csv", evaluate)):
+    for path, command in ((folder / "scores.csv", collect), (folder / "scores" / "iteration-1.csv", evaluate)):
         whole = path.read_bytes()
         path.write_bytes(content)
         refused(capsys, root, command, path)
@@ -154,14 +155,8 @@ def test_problem_files_of_lm_eval(run: tuple[Workshop, Path, RunConfig], capsys:
 
 def test_problem_rows(tmp_path: Path) -> None:
     """A hundred mutations of a row's text: each is refused naming file and line, or is the same row."""
-    from tiny import smoke
-
-    from cppo.suite.config import Task
-    from cppo.tasks.chain import make_problems
-
-    task = smoke(tmp_path).settings["tiny"].task
-    assert isinstance(task, Task)
-    rows = make_problems(task, "tiny")["train"][:3]
+    sets, _ = smoke(tmp_path).settings["tiny"].task.load("tiny")
+    rows = sets["train"][:3]
     path = tmp_path / "train.jsonl"
     write_problems(rows, path)
     lines = path.read_text().splitlines()

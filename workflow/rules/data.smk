@@ -1,4 +1,4 @@
-# Problems, lm-eval tasks and base models: one of each a setting.
+# Problems, lm-eval tasks and base models: one of each per setting.
 
 
 rule data:
@@ -14,13 +14,15 @@ rule data:
         cpus_per_task=1,
         mem_mb=lambda w, attempt: 4000 * attempt,
         runtime=lambda w, attempt: 60 * attempt,
+    params:
+        numerics=NUMERICS_VERSION,  # problems are drawn by seed, which a change of numerics may concern
     shell:
         "python -m cppo data --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"
 
 
 rule base:
     input:
-        data=lambda w: f"runs/{loaded().base(w.setting).data}/train.jsonl",
+        data=lambda w: f"runs/{suite().base(w.setting).data}/train.jsonl",
     output:
         f"runs/base/{{setting}}/{{base}}/{DONE}",
     log:

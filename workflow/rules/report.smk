@@ -1,11 +1,11 @@
-# Tables from run directories, and the paper's figures from tables.
+# Tables from run folders, and the paper's figures from tables.
 
 
 rule collect:
     input:
         lambda w: [
             f"runs/{run.folder}/{SCORES}"
-            for run in (*loaded().bases(), *loaded().runs())
+            for run in (*suite().bases(), *suite().runs())
         ],
     output:
         expand(
@@ -28,8 +28,8 @@ rule collect:
         "python -m cppo collect --suite $CPPO_SUITE {params.added} 2> >(tee {log} >&2)"
 
 
-# One rule for each item of each folder of tables: the running suite's under runs/, the published ones' under results/.
-# No rule makes a published table, so redrawing them never trains.
+# There is one rule for each item of each folder of tables: the running suite's folder is under runs/, the published ones are under
+# results/. No rule makes a published table, so drawing the figures again never trains.
 for FOLDER, RESOLVED in table_folders().items():
     for ITEM in available(RESOLVED):
 
@@ -39,13 +39,9 @@ for FOLDER, RESOLVED in table_folders().items():
             input:
                 tables=expand("{folder}/{table}.csv", folder=FOLDER, table=TABLES),
                 suite=f"{FOLDER}/suite.json",
+                configs=f"{FOLDER}/configs.json",
             output:
-                report(
-                    [f"{FOLDER}/figures/{file}" for file in files(RESOLVED, ITEM)],
-                    caption=f"../report/{ITEM}.rst",
-                    category=FOLDER,
-                    subcategory=ITEM,
-                ),
+                [f"{FOLDER}/figures/{file}" for file in files(RESOLVED, ITEM)],
             log:
                 f"runs/logs/figures/{slug(FOLDER)}-{ITEM}.log",
             localrule: True

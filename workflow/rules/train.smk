@@ -1,5 +1,5 @@
-# Training. A run directory is declared through its DONE file: snakemake deletes a failed job's declared outputs, and the
-# checkpoints that the next attempt continues from must survive.
+# Training. A run's folder is declared through its DONE file only: snakemake deletes the declared outputs of a failed job, and
+# the checkpoints that the next attempt continues from must survive.
 #
 # Slurm sends SIGTERM to every process of a job. Only the trainer may act on it (it saves and ends): without the trap the
 # shell would end at once, the job with it, and the trainer would be killed while it saves.
@@ -7,8 +7,8 @@
 
 rule train:
     input:
-        base=lambda w: f"runs/{run_of(w.run).base.folder}/{DONE}",
-        data=lambda w: f"runs/{run_of(w.run).base.data}/train.jsonl",
+        base=lambda w: f"runs/{suite().run(w.run).base.folder}/{DONE}",
+        data=lambda w: f"runs/{suite().run(w.run).base.data}/train.jsonl",
     output:
         f"runs/train/{{rule}}/{{run}}/{DONE}",
     log:
@@ -19,9 +19,9 @@ rule train:
         rule="|".join(rule.name for rule in load_suite(SUITE_FILE).rules),
     conda:
         ENVIRONMENT
-    # A next attempt continues this one, so it needs no more time, and a node has no more memory. One task a node
+    # The next attempt continues this one, so it needs no more time, and a node has no more memory. One task per node
     # (tasks_per_gpu=0) starts the processes for all its GPUs. With `mpi` the job's shell runs on the first of several nodes
-    # and reaches the others by srun. SIGTERM comes before the time limit: enough for the iteration in progress.
+    # and reaches the others by srun. SIGTERM comes before the time limit, early enough for the iteration in progress to end.
     resources:
         gpu=lambda w: resources_of(w).nodes * resources_of(w).gpus or None,
         nodes=lambda w: resources_of(w).nodes,
@@ -32,12 +32,15 @@ rule train:
         mem_mb=lambda w: ceil(1000 * resources_of(w).memory_gb),
         runtime=lambda w: ceil(60 * resources_of(w).hours),
         slurm_extra=lambda w: f"--signal=TERM@{ceil(min(900, 360 * resources_of(w).hours))}"
-        + (f" --gpus-per-node={resources_of(w).gpus}" if resources_of(w).nodes > 1 else ""),
-        launcher=launcher,  # not a param: how many processes train does not change a run
-    # The numerics version is a param, so that a run of another version is made again.
+        + (
+            f" --gpus-per-node={resources_of(w).gpus}"
+            if resources_of(w).nodes > 1
+            else ""
+        ),
+        launcher=launcher,  # not a param: the number of processes does not change a run
     params:
-        numerics=NUMERICS_VERSION,
-        added="",
+        numerics=NUMERICS_VERSION,  # as a param, so that a run of another version is made again
+        added="",  # what a file of baselines replaces
     shell:
         "trap '' TERM; {resources.launcher} cppo train --suite $CPPO_SUITE --run {wildcards.run} {params.added}"
         " --restart-outdated"
