@@ -1,5 +1,6 @@
 """From samples to batches: anchors, shaping, dynamic sampling."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import yaml
 from tiny import ROOT, chain_model, chain_tokenizer, run_of
 
 from cppo.advantages import Outcomes, estimator, zero_variance
-from cppo.diagnostics import Stopwatch
+from cppo.diagnostics import Stopwatch, by_token
 from cppo.models.logprobs import token_logprobs
+from cppo.objectives import Terms, Tokens
 from cppo.rewards import Judge
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.rollout.types import concatenate
+from cppo.rollout.types import Rollouts, concatenate
 from cppo.suite.config import RunConfig
 from cppo.suite.suite import load_suite, objective_of
-from cppo.training.batches import BatchBuilder, GradedRollouts
+from cppo.training.batches import Batch, BatchBuilder, GradedRollouts
 from cppo.training.distributed import Learner, make_accelerator
 
 
@@ -121,6 +123,75 @@ def test_concatenated_rollouts_keep_their_rows(tmp_path: Path) -> None:
     for name in ("responses", "mask", "logp", "topk_ids", "topk_logp", "truncated"):
         assert torch.equal(getattr(back, name), getattr(b, name)), name
     assert torch.equal(joined.mask[:4].sum(-1), a.lengths) and back.prompts == b.prompts
+
+
+# Masks with holes: tokens that were not sampled, such as a tool's -----------------------------------------------------
+
+
+def holed() -> Rollouts:
+    """Three responses of 6, 3 and 5 columns; the first has its trained tokens in columns 0, 1, 4, 5."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 0]]).bool()
+    responses = torch.arange(1, 19).view(3, 6)
+    logp = -responses / 10.0
+    topk = torch.stack([responses, responses + 1], -1)
+    full = -torch.arange(3 * 6 * 4).view(3, 6, 4) / 10.0
+    truncated = torch.tensor([True, False, True])
+    return Rollouts(((1, 2), (3,), (4, 5)), responses, mask, truncated, logp, topk.int(), -topk / 10.0, full)
+
+
+def test_rows_of_a_mask_with_holes_keep_all_their_trained_tokens() -> None:
+    """Trimmed after the last trained token, which is not the number of trained tokens."""
+    whole = holed()
+    assert whole.lengths.tolist() == [4, 2, 3]
+    assert whole.token_lists() == [[1, 2, 5, 6], [8, 9], [13, 16, 17]]
+    for index, width in (([0], 6), ([1], 3), ([2, 1], 5), ([2, 0, 1], 6)):
+        part = whole.rows(torch.tensor(index))
+        assert part.mask.shape == (len(index), width)
+        assert part.token_lists() == [whole.token_lists()[i] for i in index]
+        for name in ("responses", "logp", "topk_ids", "topk_logp", "logp_all"):
+            before, after = getattr(whole, name)[torch.tensor(index)], getattr(part, name)
+            assert torch.equal(after, before[:, :width]), name
+        assert part.prompts == tuple(whole.prompts[i] for i in index)
+
+
+def test_concatenated_rows_with_holes_keep_all_their_trained_tokens() -> None:
+    whole = holed()
+    joined = concatenate([whole.rows(torch.tensor([1])), whole.rows(torch.tensor([2, 0]))])
+    assert joined.token_lists() == [whole.token_lists()[i] for i in (1, 2, 0)]
+    assert joined.logp[joined.mask].tolist() == [float(x) for i in (1, 2, 0) for x in whole.logp[i][whole.mask[i]]]
+
+
+def test_a_micro_batch_with_holes_keeps_all_its_trained_tokens() -> None:
+    """Advantages, positions, values and returns stay beside their tokens; a row without a verdict is not judged."""
+    whole = holed()
+    columns = {name: torch.rand(3, 6) for name in ("advantages", "values", "returns")}
+    rewards, position = torch.tensor([1.0, math.nan, 0.0]), whole.mask.cumsum(-1)
+    batch = Batch((), whole, rewards, rewards, position=position, **columns)
+    for index in ([0, 1], [2]):
+        rows = torch.tensor(index)
+        part = batch.micro_batch(rows, torch.device("cpu"))
+        inside = whole.mask[rows]
+        assert part.rollouts.token_lists() == [whole.token_lists()[i] for i in index]
+        for name, column in (*columns.items(), ("position", position)):
+            assert torch.equal(getattr(part, name)[part.rollouts.mask], column[rows][inside]), name
+        assert part.judged.sum(-1).tolist() == [0 if i == 1 else int(whole.lengths[i]) for i in index]
+
+
+def test_a_token_dump_with_holes_has_all_trained_tokens() -> None:
+    whole = holed()
+    mask, zeros = whole.mask, torch.zeros(3, 6)
+    tokens = Tokens(zeros, zeros, torch.arange(18.0).view(3, 6), mask)
+    reason = torch.where(mask, torch.tensor([[2], [0], [1]]), 0)
+    terms = Terms(zeros, zeros, reason, traces={"shown": whole.logp, "of a row": torch.zeros(3)})
+    dumped = by_token(tokens, terms, whole.responses, [10, 11, 12], lambda ids: str(ids[0]), count=3)
+    assert [row["row"] for row in dumped] == [10, 12, 11]  # most masked tokens first
+    for row in dumped:
+        i = row["row"] - 10
+        assert row["token"] == [str(token) for token in whole.token_lists()[i]]
+        assert row["advantage"] == tokens.advantages[i][mask[i]].tolist()
+        assert row["shown"] == whole.logp[i][mask[i]].tolist()
+        assert row["reason"] == [(2, 0, 1)[i]] * int(whole.lengths[i])
+        assert set(row) == {"row", "token", "advantage", "ratio", "reason", "shown"}
 
 
 def test_an_unknown_estimator_is_an_error() -> None:

@@ -1,14 +1,27 @@
-"""The policy's statistics in chunks against full logits in float64; what may exist in memory meanwhile."""
+"""Log-probabilities in chunks against full logits in float64, their memory, and models that would be taken for others."""
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import DENSE, chain_model
+from tiny import DENSE, MOE, chain_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from cppo.models.load import load_pretrained
 from cppo.models.logprobs import TokenLogprobsFunction, token_logprobs
@@ -166,7 +179,96 @@ def test_no_trained_token_gives_zero_gradients() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    GPTJForCausalLM(GPTJConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=2, rotary_dim=4)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the output head has a bias"):
+# Checkpoints whose head is not a plain linear map ---------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+def bias() -> PreTrainedModel:
+    return GPTJForCausalLM(GPTJConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=2, rotary_dim=4))
+
+
+def granite(scaling: float) -> PreTrainedModel:
+    shape = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    return GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=scaling))
+
+
+def gemma2(cap: float | None) -> PreTrainedModel:
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8, final_logit_softcapping=cap))
+
+
+def llama(tied: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (bias, "the output head has a bias, which is not supported; take another checkpoint"),
+        (
+            partial(granite, 8.0),
+            r"its logits differ by \S+% from the last hidden states times the output head's weight",
+        ),
+        (
+            partial(gemma2, 30.0),
+            r"its logits differ by \S+% from the last hidden states times the output head's weight",
+        ),
+    ],
+    ids=["bias", "granite", "gemma2"],
+)
+def test_a_head_that_is_not_a_plain_linear_map_is_refused(
+    model: Callable[[], PreTrainedModel], message: str, tmp_path: Path
+) -> None:
+    """Trainer and torch engine would agree with each other on another model than the checkpoint's, without a word."""
+    model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: {message}") as error:
         load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(llama, True),
+        partial(llama, False),
+        partial(chain_model, DENSE),
+        partial(chain_model, DENSE.model_copy(update={"tied": False})),
+        partial(chain_model, MOE),
+        partial(granite, 1.0),
+        partial(gemma2, None),
+    ],
+    ids=[
+        "llama tied",
+        "llama",
+        "qwen3 tied",
+        "qwen3",
+        "qwen3 experts",
+        "granite without scaling",
+        "gemma2 without cap",
+    ],
+)
+def test_a_plain_head_is_loaded_whatever_the_size_of_its_logits(
+    model: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Its log-probabilities are then the model's own."""
+    for scale in (1.0, 50.0):
+        made = model()
+        with torch.no_grad():
+            made.get_output_embeddings().weight.mul_(scale)
+        made.save_pretrained(tmp_path)
+        loaded = load_pretrained(tmp_path)
+        assert not loaded.get_output_embeddings()._forward_hooks
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            expected = torch.log_softmax(loaded(input_ids=ids).logits[0, :-1].float(), -1)
+            found = token_logprobs(loaded, [[5]], ids[:, 1:], torch.ones(1, 3, dtype=torch.bool), 1.0, full=True)
+        assert found.logp_all is not None and torch.allclose(found.logp_all[0], expected, atol=1e-4)

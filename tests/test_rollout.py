@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import DENSE, MOE, chain_model, chain_tokenizer
 
 from cppo.diagnostics import mismatch_metrics
 from cppo.models.create import EOS
 from cppo.models.load import save_pretrained
 from cppo.models.logprobs import token_logprobs
+from cppo.rollout.engines import ENGINES, EngineSpec
 from cppo.rollout.sampling import sample
 from cppo.rollout.start import start_engine
 from cppo.rollout.torch_engine import TorchEngine
@@ -94,6 +96,21 @@ def test_the_engine_is_the_scales(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ValueError, match=r"^scale\.engine: vllm is not installed; docs/cluster\.md"):
             start_engine(Scale(engine="vllm"), tmp_path, policy)
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_engine.py").write_text("import cppo_no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EngineSpec("my_engine", "MyEngine", full=False, install="pip install cppo-no-such-package")
+    monkeypatch.setitem(ENGINES, "mine", entry)
+    with pytest.raises(ValueError) as error:
+        start_engine(Scale(engine="mine"), tmp_path)
+    assert str(error.value) == ("scale.engine: cppo_no_such_package is not installed; pip install cppo-no-such-package")
+
+
+def test_an_engine_that_nobody_registered_is_named_in_the_suite() -> None:
+    with pytest.raises(ValidationError, match="engine: 'sglang' is not one of torch, vllm"):
+        Scale(engine="sglang")
 
 
 def test_mismatch_quantiles() -> None:

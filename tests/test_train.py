@@ -1,18 +1,23 @@
 """The training loop: reproducible, resumable, the same problems for every rule, and honest about failures."""
 
+import ast
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import chain_model, chain_tokenizer, run_of, smoke
+from tiny import ROOT, chain_model, chain_tokenizer, run_of, smoke
 
 from cppo.models.load import load_pretrained, save_pretrained
+from cppo.objectives import names, spec
 from cppo.results.checkpoint import load_latest
 from cppo.results.run_folder import RunFolder, Status
 from cppo.rewards import Judge
+from cppo.rollout.engines import ENGINES, EngineSpec
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import RunConfig
+from cppo.suite.config import RunConfig, Scale
 from cppo.suite.suite import Suite
 from cppo.tasks.types import Problem
 from cppo.training.batches import problem_order, shuffled_positions
@@ -210,3 +215,102 @@ def test_unjudged_responses_are_counted_and_never_zero(
     folder = _trained(run_of(suite, "grpo"), base, problems, tmp_path / "unjudged")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["reward"] == 1.0 for row in rows) and any(row["unjudged"] > 0 for row in rows)
+
+
+# What the trainer does not know ---------------------------------------------------------------------------------------
+
+
+MY_ENGINE = """
+import copy
+
+import torch
+
+from cppo.models.load import load_pretrained
+from cppo.rollout.engines import ENGINES, EngineSpec
+from cppo.rollout.torch_engine import TorchEngine
+
+
+class MyEngine(TorchEngine):
+    separate = True
+    late = False
+
+    @classmethod
+    def start(cls, checkpoint, policy, scale):
+        return cls(load_pretrained(checkpoint))  # weights of its own
+
+    def sync(self, policy):
+        if not self.late:
+            self.model.load_state_dict(policy.weights(), strict=False)
+"""
+
+
+@pytest.fixture
+def my_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An engine of one's own: a module with a class, and an entry; the name of its module."""
+    (tmp_path / "engine_of_mine.py").write_text(MY_ENGINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ENGINES, "mine", EngineSpec("engine_of_mine", "MyEngine", full=True, install="nothing to do"))
+    return "engine_of_mine"
+
+
+def with_engine(run: RunConfig, engine: str) -> RunConfig:
+    return run.model_copy(update={"setting": run.setting.model_copy(update={"scale": Scale(engine=engine)})})
+
+
+def test_an_engine_of_ones_own_is_compared_with_the_trainer(
+    my_engine: str,
+    suite: Suite,
+    base: Path,
+    problems: tuple[Problem, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every iteration, since its weights are its own; and its run is the torch engine's."""
+    run = run_of(suite, "grpo")
+    mine, plain = tmp_path / "mine", tmp_path / "plain"
+    _trained(with_engine(run, "mine"), base, problems, mine)
+    _trained(run, base, problems, plain)
+    rows, without = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (mine, plain)
+    )
+    assert all(0 <= row["mismatch_logp/max"] < 1e-4 for row in rows) and any(row["grad_norm"] for row in rows)
+    assert [{k: v for k, v in row.items() if not k.startswith("mismatch_")} for row in rows] == without
+    assert capsys.readouterr().err.count("engine against trainer at the same weights: |log pi - log mu| q50") == 1
+
+
+def test_an_engine_with_stale_weights_ends_the_run(
+    my_engine: str,
+    suite: Suite,
+    base: Path,
+    problems: tuple[Problem, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module(my_engine)
+    monkeypatch.setattr(module.MyEngine, "late", True)
+    run = with_engine(run_of(suite, "grpo"), "mine")
+    optimizer = run.setting.optimizer.model_copy(update={"lr": 0.1, "warmup_updates": 0})
+    run = run.model_copy(update={"setting": run.setting.model_copy(update={"optimizer": optimizer})})
+    with pytest.raises(ValueError, match=r"scale\.engine mine: its log-probabilities are not the trainer's") as error:
+        train(run, base, problems, tmp_path / "late")
+    assert "\n" not in str(error.value)
+    assert len((tmp_path / "late" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_trainer_knows_no_rule_by_name() -> None:
+    """Neither a registered objective nor the class of its parameters, in code or in a string; documentation may name them."""
+    known = set(names()) | {spec(name).params.__name__ for name in names()}
+    for path in sorted((ROOT / "cppo" / "training").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        words: set[str] = set()
+        for node in ast.walk(tree):
+            match node:
+                case ast.Constant(value=str() as text) if id(node) not in documentation:
+                    words |= set(re.findall(r"\w+", text))
+                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                    words |= set(name.split("."))
+        # The package has the name of a rule. Only the project that trackers are told of is called so.
+        named = words & known - ({"cppo"} if path.name == "distributed.py" else set())
+        assert not named, f"{path.name}: {named}"
+        assert not {word for word in words if word.startswith("delta")}, path.name
