@@ -191,8 +191,8 @@ class Scale(Config):
     trainer: Literal["builtin", "verl"] = "builtin"
     """Which program trains: this package's loop, or verl, which also samples by itself with vLLM."""
     engine: str = "torch"
-    """Which engine generates the evaluation's responses and, for the built-in trainer, the rollouts: torch = on the policy itself,
-    vllm = vLLM beside it."""
+    """Which engine generates the evaluation's responses and, for the built-in trainer, the rollouts: torch = on the policy
+    itself, vllm = vLLM beside it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward passes; weights, log-probabilities and losses are float32 in any case."""
     sharding: Literal["ddp", "fsdp2", "megatron"] = "ddp"
