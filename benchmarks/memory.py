@@ -1,4 +1,4 @@
-"""Memory and time of the policy's statistics at the paper's vocabulary, side by side with full logits.
+"""Memory and time of the policy's log-probabilities at the paper's vocabulary, side by side with full logits.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py     # 3,072 tokens, float32: memory_cpu.csv, in 7 minutes and 7 GB
     python benchmarks/memory.py --device cuda         # 8,192 tokens, bfloat16: memory_cuda.csv, in 25 GB of the GPU
@@ -7,12 +7,12 @@ Both sides start from the same hidden states and output head (V = 151,936, H = 1
 of the sampled tokens and the log-probabilities of 20 given ids, forward and backward. "full logits" makes [N, V] once and
 leaves the rest to autograd; its logits are float32 as ours are.
 
-Every case runs in a fresh process, in alternation. Memory is the process's peak above that of one which only holds the
-weights and their gradients: peak resident set, on a GPU `torch.cuda.max_memory_allocated`. Differences are the largest of
-all elements, relative to the largest element of the full-logits side.
+Every case runs in a fresh process, in alternation. Memory is the process's peak above that of a process which only holds
+the weights and their gradients: the peak resident set, on a GPU `torch.cuda.max_memory_allocated`. A difference is the
+largest of all elements, relative to the largest element of the full-logits side.
 
-What to look at on a GPU (the committed numbers are a CPU's): memory_ratio at most 0.1, time_ratio at most 1.5, differences
-of log-probabilities and entropy at most 1e-5, and at most 0.01 of the gradients, which bfloat16 rounds to 8 bits.
+Bounds on a GPU (the committed numbers are a CPU's): memory_ratio is at most 0.1, time_ratio at most 1.5. Differences of
+log-probabilities and entropy are at most 1e-5, those of the gradients, which bfloat16 rounds to 8 bits, at most 0.01.
 """
 
 import argparse

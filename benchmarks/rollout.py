@@ -20,34 +20,41 @@ from cppo.models.create import EOS, PAD, create_model, create_tokenizer
 from cppo.models.load import save_pretrained
 from cppo.rollout.torch_engine import TorchEngine
 from cppo.rollout.types import SAMPLED_ONLY, Record
+from cppo.suite.config import Model
 from cppo.suite.suite import load_suite
 from cppo.system.seeds import uniforms
+from cppo.tasks.types import TRAIN
 from cppo.training.run import train
 
-ROUNDS = 5
 OUT = Path(__file__).with_suffix(".csv")
 
 
-def main() -> None:
-    run = load_suite("config/mini.yaml").runs()[-1]
-    plan = run.setting.rollout
-    model = chain_model(run.setting.model, run.setting_name).eval()
-    problems = run.setting.task.load(run.setting_name)[0]["train"]
-    tokenizer = chain_tokenizer()
-    prompts = [tokenizer(p.question).input_ids for p in problems[: plan.prompts] for _ in range(plan.responses)]
-    noise = uniforms(len(prompts), plan.max_response_tokens, "benchmark")
+def main(rounds: int = 5, iterations: int = 10) -> None:
+    """Measure both sides `rounds` times and train `iterations` iterations; write the table beside this file and print it."""
+    run = load_suite("mini").runs()[-1]
+    setting, rollout = run.setting, run.setting.rollout
+    assert isinstance(setting.model, Model) and setting.vocabulary is not None
+    model = create_model(setting.model, run.setting_name, len(setting.vocabulary)).eval()
+    problems = setting.task.load(run.setting_name)[0][TRAIN]
+    tokenizer = create_tokenizer(setting.vocabulary)
+    prompts = [
+        setting.task.prompt_ids(tokenizer, p.question)
+        for p in problems[: rollout.prompts]
+        for _ in range(rollout.responses)
+    ]
+    noise = uniforms(len(prompts), rollout.max_response_tokens, "benchmark")
 
     def ours(record: Record) -> int:
         return int(TorchEngine(model).generate(prompts, noise, 1.0, record=record).mask.sum())
 
     sides: dict[str, Callable[[], int]] = {
-        "transformers generate()": lambda: generate(model, prompts, plan.max_response_tokens),
+        "transformers generate()": lambda: generate(model, prompts, rollout.max_response_tokens),
         "torch engine": lambda: ours(SAMPLED_ONLY),
         "torch engine, top-4 recorded": lambda: ours(Record(top_k=4)),
         "torch engine, all recorded": lambda: ours(Record(full=True)),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, side in sides.items():
             started = time.perf_counter()
             tokens = side()
@@ -64,11 +71,12 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "base", tokenizer)
-        short = run.model_copy(update={"plan": run.setting.model_copy(update={"iterations": 10})})
+        short = run.model_copy(update={"setting": setting.model_copy(update={"iterations": iterations})})
         started = time.perf_counter()
         train(short, Path(folder) / "base", problems, Path(folder) / "run")
-        seconds = round((time.perf_counter() - started) / 10, 2)
-        rows.append({"what": "one training iteration (cppo)", "value": seconds, "unit": "s", "ratio_to_generate": ""})
+        seconds = round((time.perf_counter() - started) / iterations, 2)
+        what = f"one training iteration ({run.rule_name})"
+        rows.append({"what": what, "value": seconds, "unit": "s", "ratio_to_generate": ""})
     with OUT.open("w", newline="") as out:
         writer = csv.DictWriter(out, ["what", "value", "unit", "ratio_to_generate"], lineterminator="\n")
         writer.writeheader()

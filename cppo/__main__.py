@@ -34,7 +34,9 @@ from cppo.system.interrupts import TRY_AGAIN, Interrupted
 from cppo.system.lock import locked
 
 if TYPE_CHECKING:
+    from cppo.suite.config import BaseConfig
     from cppo.suite.suite import Suite
+    from cppo.tasks.types import Problem
 
 # Everything else is imported in the command that uses it: commands then start sooner, and `main` has told the hub's client to
 # stay offline before that is imported.
@@ -68,11 +70,10 @@ def data(args: argparse.Namespace) -> None:
 def base(args: argparse.Namespace) -> None:
     """Make the base model of a setting."""
     from cppo.results.run_folder import RunFolder
-    from cppo.tasks.types import read_problems
     from cppo.training.base_model import make_base
 
     config = _suite(args).base(args.setting)
-    problems = read_problems(Path(args.root) / config.data / "train.jsonl")
+    problems = _training_problems(args, config)
     folder = RunFolder(Path(args.root) / config.folder)
     with locked(folder.path):
         folder.check_numerics(restart=args.restart_outdated)
@@ -83,7 +84,6 @@ def train(args: argparse.Namespace) -> None:
     """Train a run, or continue it."""
     from cppo.models.load import load_tokenizer
     from cppo.results.run_folder import RunFolder
-    from cppo.tasks.types import read_problems
     from cppo.training.distributed import check_trackers, main_process
 
     suite, root = _suite(args), Path(args.root)
@@ -91,11 +91,9 @@ def train(args: argparse.Namespace) -> None:
     base_folder, folder = RunFolder(root / run.base.folder), RunFolder(root / run.folder)
     start = base_folder.checkpoint(0)
     if not start.is_dir():
-        command = f"cppo base --suite {args.suite} --setting {run.setting_name}"
-        raise ValueError(f"{start}: the base model is missing; `{command}{_root(args)}` makes it")
+        raise ValueError(f"{start}: the base model is missing; `{_command('base', args, run.setting_name)}` makes it")
     base_folder.check_numerics()
-    problems = read_problems(root / run.base.data / "train.jsonl")
-    problems = run.setting.task.short_enough(load_tokenizer(start), problems)
+    problems = run.setting.task.short_enough(load_tokenizer(start), _training_problems(args, run.base))
     with locked(folder.path) if main_process() else nullcontext():
         if main_process():
             folder.check_numerics(restart=args.restart_outdated)
@@ -120,8 +118,8 @@ def render(args: argparse.Namespace) -> None:
     run = suite.run(args.run)
     if run.setting.trainer != "verl":
         raise ValueError(
-            f"--run {args.run}: setting {run.setting_name} does not have trainer verl; `cppo train --suite {args.suite} "
-            f"--run {args.run}{_root(args)}` trains it"
+            f"--run {args.run}: setting {run.setting_name} does not have trainer verl, which alone is started by a command; "
+            "`cppo train` trains the run"
         )
     start = RunFolder(root / run.base.folder).checkpoint(0)
     resources = suite.resources_of(run.setting_name)
@@ -256,9 +254,19 @@ def _suite(args: argparse.Namespace) -> "Suite":
     return load_suite(args.suite, tuple(args.add_rule or ()))
 
 
-def _root(args: argparse.Namespace) -> str:
-    """How to repeat --root in a command, where it is not the default."""
-    return "" if args.root == ROOT else f" --root {shlex.quote(args.root)}"
+def _training_problems(args: argparse.Namespace, base: "BaseConfig") -> "tuple[Problem, ...]":
+    from cppo.tasks.types import TRAIN, read_problems
+
+    path = Path(args.root) / base.data / f"{TRAIN}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; `{_command('data', args, base.setting_name)}` makes it")
+    return read_problems(path)
+
+
+def _command(name: str, args: argparse.Namespace, setting_name: str) -> str:
+    """The command that makes what another one misses, with that one's suite and root."""
+    words = ["cppo", name, "--suite", args.suite, "--setting", setting_name]
+    return shlex.join(words if args.root == ROOT else [*words, "--root", args.root])
 
 
 ROOT, RESULTS = "runs", "results"

@@ -96,7 +96,7 @@ def paired_bootstrap(
 
 
 def seed_bootstrap(values: npt.ArrayLike, rng: np.random.Generator, *, resamples: int = 2000) -> Floats:
-    """[R, ...] bootstrap means of `values` [S, ...] over seeds only, for quantities known once a run (reward, length).
+    """[R, ...] bootstrap means of `values` [S, ...] over seeds only, for quantities known once per run (reward, length).
 
     NaN entries are left out; a resample without any other entry is NaN.
     Raises ValueError for no seeds or resamples < 1.
@@ -169,7 +169,7 @@ def _members(benchmark: npt.ArrayLike | None, problems: int) -> npt.NDArray[np.b
         return np.ones((1, problems), dtype=np.bool_)
     group = np.asarray(benchmark)
     if group.shape != (problems,):
-        raise ValueError(f"benchmark: shape {group.shape}, expected ({problems},), one entry a problem")
+        raise ValueError(f"benchmark: shape {group.shape}, expected ({problems},), one entry per problem")
     member: npt.NDArray[np.bool_] = np.unique(group)[:, None] == group
     return member
 

@@ -1,7 +1,7 @@
 """What every figure and table script shares: reading a results folder, looks and names, the command line, saving.
 
-A script is `main = script(__doc__, draw)` with `draw(results, out)`. Anything that a folder lacks is a `DataError`:
-one line naming file and column, exit code 2.
+A script is `main = script(__doc__, draw)` with `draw(results, out)`. Anything that a folder lacks is a `DataError`: one line
+that names file and column, and exit code 2.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from cppo.results.columns import check_columns, parse_csv
 
 RANK_FROM = 5
-"""Seeds from which on intervals are bootstrapped and rules ranked; below, mean and min-max."""
+"""From this many seeds on, intervals are bootstrapped and rules are ranked; below, mean, minimum and maximum are shown."""
 
 
 class DataError(ValueError):
@@ -73,7 +73,7 @@ ACRONYMS = {"cppo", "drpo", "dppo", "gmpo", "grpo", "gspo", "kl", "pg", "ppo", "
 
 
 class Results:
-    """A folder of tables (`results/<suite>` or `runs/<suite>`), read once and checked for what is asked of it."""
+    """A folder of tables (`results/<suite>` or `runs/<suite>`), read once. Each table is checked for what is asked of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

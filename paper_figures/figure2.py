@@ -2,9 +2,9 @@
 
     python paper_figures/figure2.py results/mini --out results/mini/figures
 
-One row a setting. Left and middle: the last window of each run, bins averaged over seeds by their number of tokens.
-Right: the largest D_t that a TV rule allows by position, delta for DPPO and delta / w_t for CPPO (before its prefix
-budget), for a response as long as the longest observed.
+There is one row per setting. Left and middle: the last window of each run, bins averaged over seeds by their number of tokens.
+Right: the largest D_t that a rule on total variation (TV) allows by position before any prefix budget, delta / w_t, with
+w_t = 1 for a rule without position weights such as DPPO. The response is as long as the longest observed.
 """
 
 import sys
@@ -22,7 +22,7 @@ COLUMNS = ("run", "rule", "setting", "iteration", "first", "last", "count", "dri
 
 
 def draw(results: Results, out: Path) -> None:
-    """One row of panels a setting."""
+    """One row of panels per setting."""
     settings = list(results.suite["settings"])
     figure = canvas(height=0.8 + 2.1 * len(settings))
     grid = figure.subplots(len(settings), 3, squeeze=False)
@@ -66,7 +66,7 @@ def last_window(results: Results, setting: str, rule: str) -> pd.DataFrame:
 
 
 def thresholds(ax: Axes, results: Results, setting: str, length: int) -> None:
-    """delta / w_t by position of every rule with a TV threshold per token."""
+    """delta / w_t by position of every rule with a parameter delta on a divergence of kind tv."""
     position = torch.arange(1, length + 1, dtype=torch.float64)
     drawn = False
     for rule in results.rules:

@@ -2,10 +2,10 @@
 
     python paper_figures/figure3.py results/mini --out results/mini/figures
 
-One panel for each objective whose rules show "weighted", "threshold" and "prefix_threshold" (`Terms.traces`). The window is
-chosen by a rule and not by eye. Of the objective's rules it is the first one in the suite with recorded responses; of those
-the response with the most tokens rejected by the prefix budget, then with the most rejected tokens, then the first in the
-table; of it the at most 40 tokens with the most budget rejections, then the most rejections, then the earliest.
+One panel for each objective whose rules show "weighted", "threshold" and "prefix_threshold" (`Terms.traces`). The window is not
+chosen by eye. The rule is the objective's first one in the suite with recorded responses. The response is the one with the most
+tokens rejected by the prefix budget, then with the most rejected tokens, then the first in the table. The window is the at most
+40 tokens with the most budget rejections, then with the most rejections, then the earliest.
 """
 
 import sys
@@ -84,7 +84,9 @@ def shown(results: Results) -> list[str]:
     showing = catalog.showing(results.suite, "figure3").values()
     rules = [next(rule for rule in rules if rule in recorded) for rules in showing if recorded & set(rules)]
     if not rules:
-        raise DataError(f"{results.folder}/tokens.csv: no row of a rule that shows {', '.join(catalog.TRACES['figure3'])}")
+        raise DataError(
+            f"{results.folder}/tokens.csv: no row of a rule that shows {', '.join(catalog.TRACES['figure3'])}"
+        )
     return rules
 
 

@@ -1,4 +1,4 @@
-"""Figure 4: validation curves (mean of the benchmarks' Avg@k) of all objectives, one panel a setting.
+"""Figure 4: validation curves (mean of the benchmarks' Avg@k) of all rules, one panel per setting.
 
     python paper_figures/figure4.py results/mini --out results/mini/figures
 
@@ -14,7 +14,7 @@ from scores import curves
 
 
 def draw(results: Results, out: Path) -> None:
-    """One panel a setting, at most three side by side."""
+    """One panel per setting, at most three side by side."""
     settings = list(results.suite["settings"])
     across = 2 if len(settings) == 4 else min(3, len(settings))
     down = -(-len(settings) // across)
@@ -22,10 +22,10 @@ def draw(results: Results, out: Path) -> None:
     grid = figure.subplots(down, across, squeeze=False).ravel()
     lost = False
     for ax, setting in zip(grid, settings, strict=False):
-        found = curves(results, setting)
-        validation(ax, results, found, results.rules)
+        by_rule = curves(results, setting)
+        validation(ax, results, by_rule, results.rules)
         ax.set_title(results.title(setting))
-        lost = lost or any(iteration is not None for curve in found.values() for iteration in curve.collapsed)
+        lost = lost or any(iteration is not None for curve in by_rule.values() for iteration in curve.collapsed)
     for ax in grid[len(settings) :]:
         ax.set_axis_off()
     for ax in grid[::across]:

@@ -1,4 +1,4 @@
-"""Figure 5: ablations of CPPO's parts: validation curves in three panels (which rules: `catalog.ABLATIONS`).
+"""Figure 5: ablations of CPPO's parts: validation curves in three panels (the rules are in `catalog.ABLATIONS`).
 
     python paper_figures/figure5.py results/ablations --out results/ablations/figures
 

@@ -1,4 +1,4 @@
-"""Figure 6: CPPO's settings and its divergence: validation curves in three panels (rules: `catalog.ABLATIONS`).
+"""Figure 6: CPPO's parameters and its divergence: validation curves in three panels (the rules are in `catalog.ABLATIONS`).
 
     python paper_figures/figure6.py results/ablations --out results/ablations/figures
 

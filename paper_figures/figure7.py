@@ -2,9 +2,9 @@
 
     python paper_figures/figure7.py results/mini --out results/mini/figures
 
-One column per setting; of each objective whose rules show "delta_b" (`Terms.traces`), the first rule in the suite. The
-share is mask_share_budget / mask_share in each iteration of a run; an iteration without masked tokens has none. Dashed: the
-floor of an adaptive budget, and its ceiling where it is reached.
+There is one column per setting. The rules shown are those that give "delta_b" (`Terms.traces`): of each objective the first one
+in the suite. The share is mask_share_budget / mask_share in each iteration of a run; an iteration without masked tokens has
+none. Dashed: the floor of an adaptive budget, and its ceiling where it is reached.
 """
 
 import sys

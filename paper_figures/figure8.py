@@ -1,4 +1,4 @@
-"""Figures 8 to 11: one file a setting. Top: each benchmark; bottom: training reward, response length, engine mismatch.
+"""Figures 8 to 11: one file per setting. Top: each benchmark; bottom: training reward, response length, engine mismatch.
 
     python paper_figures/figure8.py results/mini --out results/mini/figures      # figure8_<setting>.pdf
 
@@ -34,12 +34,12 @@ def one(results: Results, setting: str, out: Path) -> None:
     figure = canvas(height=5.0)
     cells = math.lcm(len(names), len(BOTTOM))
     grid = figure.add_gridspec(2, cells)
-    found = curves(results, setting)
+    by_rule = curves(results, setting)
     k = results.suite["evaluation"]["samples"]
     for n, name in enumerate(names):
         width = cells // len(names)
         ax = figure.add_subplot(grid[0, n * width : (n + 1) * width])
-        validation(ax, results, found, results.rules, n)
+        validation(ax, results, by_rule, results.rules, n)
         ax.set_title(name)
         ax.set_ylabel(f"Avg@{k} (%)" if n == 0 else "")
     for n, (column, title) in enumerate(BOTTOM.items()):
@@ -55,7 +55,7 @@ def one(results: Results, setting: str, out: Path) -> None:
             ax.set_yscale("log")
         ax.set_title(title)
         iterations(ax)
-    any_lost = any(iteration is not None for curve in found.values() for iteration in curve.collapsed)
+    any_lost = any(iteration is not None for curve in by_rule.values() for iteration in curve.collapsed)
     figure.suptitle(f"{results.title(setting)} ({band_note(results)})")
     legend(figure, results, results.rules, any_lost)
     save(figure, out, f"figure8_{setting}")

@@ -53,14 +53,14 @@ def line(
 
 
 def validation(
-    ax: Axes, results: Results, found: dict[str, Curve], rules: Sequence[str], benchmark: int | None = None
+    ax: Axes, results: Results, by_rule: dict[str, Curve], rules: Sequence[str], benchmark: int | None = None
 ) -> None:
     """Validation curves in percent of the rules, with bands and the base model's level."""
-    base = found["base"]
+    base = by_rule["base"]
     level = base.score if benchmark is None else base.by_benchmark[:, :, benchmark]
     ax.axhline(100 * float(level[0, 0]), color=results.look("base").color, linewidth=1, linestyle="--")
     for rule in rules:
-        curve = found[rule]
+        curve = by_rule[rule]
         values = curve.score if benchmark is None else curve.by_benchmark[:, :, benchmark]
         low, high = curve.band(benchmark)
         lost = [iteration is not None for iteration in curve.collapsed]
@@ -146,19 +146,19 @@ def band_note(results: Results) -> str:
 
 
 def ablation(results: Results, item: str, out: Path) -> None:
-    """One row of ablation panels a setting (Figures 5 and 6)."""
+    """One row of ablation panels per setting (Figures 5 and 6)."""
     results.require(item)
     rows, settings = catalog.panels(results.suite, item), list(results.suite["settings"])
     figure = canvas(height=0.2 + 2.5 * len(settings))
     grid = figure.subplots(len(settings), len(rows), squeeze=False, sharex="row", sharey="row")
     for setting, axes in zip(settings, grid, strict=True):
-        found = curves(results, setting)
+        by_rule = curves(results, setting)
         for ax, (title, rules) in zip(axes, rows.items(), strict=True):
-            validation(ax, results, found, rules)
+            validation(ax, results, by_rule, rules)
             ax.set_title(title if len(settings) == 1 else f"{results.title(setting)}: {title.lower()}")
             names = [_told_apart(results, rule, setting, title == "Budget and weight") for rule in rules]
             handles = [handle(results.look(rule), True, name) for rule, name in zip(rules, names, strict=True)]
-            if any(iteration is not None for rule in rules for iteration in found[rule].collapsed):
+            if any(iteration is not None for rule in rules for iteration in by_rule[rule].collapsed):
                 handles.append(CROSS)
             ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.27), fontsize=7)
         axes[0].set_ylabel(f"mean Avg@{results.suite['evaluation']['samples']} (%)")

@@ -99,7 +99,7 @@ class Curve:
         return Summary(float(values.mean()), low, high, len(rows))
 
     def band(self, benchmark: int | None = None) -> tuple[Floats, Floats]:
-        """Lower and upper edge [C] around the mean over seeds; NaN from a run's collapse on."""
+        """Lower and upper edge [C] around the mean over seeds; NaN after a run's collapse."""
         edges = np.full((2, len(self.iterations)), np.nan)
         for c in np.flatnonzero(self.scored.all(axis=0)):
             at = self.summary(np.full(len(self.seeds), c), benchmark, resamples=400)
@@ -146,7 +146,7 @@ def curves(results: Results, setting: str) -> dict[str, Curve]:
     start = _arrays(base, [int(base["seed"].iloc[0])], [0], problems, where)
     benchmark = pd.Index(names).get_indexer(problems.get_level_values(0)).astype(np.int64)
     common: dict[str, Any] = {"setting": setting, "benchmark": benchmark, "bootstrap": results.ranked}
-    found = {"base": Curve("base", seeds=(0,), collapsed=(None,), iterations=np.array([0]), **start, **common)}
+    by_rule = {"base": Curve("base", seeds=(0,), collapsed=(None,), iterations=np.array([0]), **start, **common)}
     for rule in results.rules:
         seeds, collapsed = runs(results, setting, rule)
         own = table[(table["rule"] == rule) & (table["iteration"] > 0)]
@@ -157,10 +157,10 @@ def curves(results: Results, setting: str) -> dict[str, Curve]:
         for seed, lost, scored in zip(seeds, collapsed, arrays["scored"], strict=True):
             if lost is None and not (scored.all() and [0, *iterations][-1] == stop):
                 raise DataError(f"{where}: {rule} in {setting!r}, seed {seed}, finished but lacks a scored checkpoint")
-        found[rule] = Curve(
+        by_rule[rule] = Curve(
             rule, seeds=seeds, collapsed=collapsed, iterations=np.array([0, *iterations]), **arrays, **common
         )
-    return found
+    return by_rule
 
 
 def _arrays(

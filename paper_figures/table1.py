@@ -32,16 +32,16 @@ def draw(results: Results, out: Path) -> None:
             (results.title(setting), name)
             for name in ("best", "final", f"P(> {results.name(AGAINST)})")[: 2 + compared]
         ]
-        found = curves(results, setting)
-        rivals = [rule for rule in results.rules if not collapses(found[rule])] if results.ranked else []
-        best = marks({rule: found[rule].at(found[rule].best).mean() for rule in rivals})
-        final = marks({rule: found[rule].at(found[rule].final).mean() for rule in rivals})
+        by_rule = curves(results, setting)
+        rivals = [rule for rule in results.rules if not collapses(by_rule[rule])] if results.ranked else []
+        best = marks({rule: by_rule[rule].at(by_rule[rule].best).mean() for rule in rivals})
+        final = marks({rule: by_rule[rule].at(by_rule[rule].final).mean() for rule in rivals})
         for row, rule in zip(rows, rules, strict=True):
-            curve = found[rule]
+            curve = by_rule[rule]
             top, last = curve.summary(curve.best), curve.summary(curve.final)
             row.append(collapse_at(curve) if lost(curve) else score_cell(top, curve, best.get(rule, "")))
             row.append(score_cell(last, curve, final.get(rule, "")))
-            other = found[AGAINST] if compared and rule not in ("base", AGAINST) else None
+            other = by_rule[AGAINST] if compared and rule not in ("base", AGAINST) else None
             if compared:
                 row.append(improvement(curve, other, "final")[0])
             records.append(record(curve, top, last, other))

@@ -42,11 +42,11 @@ def draw(results: Results, out: Path) -> None:
 
 def row(results: Results, setting: str) -> dict[str, Any]:
     """One setting's values by column."""
-    plan = results.suite["settings"][setting]
-    rollout = plan["rollout"]
+    resolved = results.suite["settings"][setting]
+    rollout = resolved["rollout"]
     params = thresholds(results, setting)
     return {
-        "model": plan["title"],
+        "model": resolved["title"],
         "prompts_per_rollout": rollout["prompts"],
         "responses_per_prompt": rollout["responses"],
         "minibatch": rollout["minibatch"],
@@ -56,7 +56,7 @@ def row(results: Results, setting: str) -> dict[str, Any]:
         "delta_b_min": params.get("delta_b"),
         "w_min": params.get("w_min"),
         "adaptive_budget": params.get("adaptive"),
-        "t_stop": plan["iterations"],
+        "t_stop": resolved["iterations"],
     }
 
 

@@ -16,17 +16,17 @@ def draw(results: Results, out: Path) -> None:
     names = all_benchmarks(results)
     rows: list[list[Cell | str]] = []
     records, lines = [], []
-    for setting, plan in results.suite["settings"].items():
+    for setting, resolved in results.suite["settings"].items():
         lines += [len(rows)] if rows else []
-        own, found = benchmarks(results, setting), curves(results, setting)
+        own, by_rule = benchmarks(results, setting), curves(results, setting)
         parts: dict[str, dict[str, Summary]] = {}
-        for rule, curve in found.items():
+        for rule, curve in by_rule.items():
             parts[rule] = {name: curve.summary(curve.best, own.index(name)) for name in own}
             parts[rule]["avg"] = curve.summary(curve.best)
-        rivals = [rule for rule in results.rules if not collapses(found[rule])] if results.ranked else []
+        rivals = [rule for rule in results.rules if not collapses(by_rule[rule])] if results.ranked else []
         ranks = {name: marks({rule: parts[rule][name].mean for rule in rivals}) for name in [*own, "avg"]}
-        for rule, curve in found.items():
-            row: list[Cell | str] = [results.title(setting), str(plan["iterations"]), results.name(rule)]
+        for rule, curve in by_rule.items():
+            row: list[Cell | str] = [results.title(setting), str(resolved["iterations"]), results.name(rule)]
             for name in [*names, "avg"]:
                 part = parts[rule].get(name)
                 if part is None or lost(curve):
@@ -34,7 +34,7 @@ def draw(results: Results, out: Path) -> None:
                 else:
                     row.append(score_cell(part, curve if name == "avg" else None, ranks[name].get(rule, "")))
             rows.append(row)
-            record: dict[str, object] = {"setting": setting, "t_stop": plan["iterations"], "rule": rule}
+            record: dict[str, object] = {"setting": setting, "t_stop": resolved["iterations"], "rule": rule}
             record["best_iterations"] = " ".join(str(iteration) for iteration in curve.iterations[curve.best])
             for name in [*names, "avg"]:
                 part = parts[rule].get(name)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 import os
 import re
@@ -9,12 +10,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import golden_ids
 import pytest
 import yaml
+from golden_ids import fingerprint
+from pydantic import Field
 
 from cppo.__main__ import main
+from cppo.suite.config import parse_run
+from cppo.suite.schema import LATER, NOT_HASHED, Config, content_hash
 from cppo.suite.suite import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +232,55 @@ def test_every_number_is_part_of_the_id(tmp_path: Path, keys: Keys) -> None:
     assert len(set(after.values())) == len(after)
 
 
+def test_ids_of_the_committed_suites_are_those_of_yesterday() -> None:
+    """Published results are found by them."""
+    prints = {path.stem: fingerprint(load_suite(path)) for path in SUITES}
+    assert prints == json.loads(golden_ids.FILE.read_text()), (
+        f"ids have changed; if that is meant: {golden_ids.COMMAND}"
+    )
+
+
+class Inner(Config):
+    """A part with a key that came later."""
+
+    rate: float
+    teacher: Annotated[str | None, LATER] = None
+
+
+class Outer(Config):
+    """A configuration with two keys that came later and one that is not hashed."""
+
+    inner: Inner
+    parts: tuple[Inner, ...] = ()
+    title: Annotated[str, NOT_HASHED] = "x"
+    options: Annotated[dict[str, int], LATER] = Field(default_factory=dict)
+
+
+def test_a_key_that_came_later_leaves_older_ids_alone() -> None:
+    """At its default it is not hashed, wherever it stands; with another value it is."""
+    old = {"inner": {"rate": 0.5}, "parts": [{"rate": 1.0}]}
+    expected = content_hash(old)
+    inner, part = Inner(rate=0.5), Inner(rate=1.0)
+    assert content_hash(Outer(inner=inner, parts=(part,))) == expected
+    assert content_hash(Outer(inner=inner, parts=(part,), title="y", options={})) == expected
+    others = [
+        Outer(inner=inner, parts=(part,), options={"a": 1}),
+        Outer(inner=Inner(rate=0.5, teacher="t"), parts=(part,)),
+        Outer(inner=inner, parts=(Inner(rate=1.0, teacher="t"),)),
+        Outer(inner=inner),
+    ]
+    assert len({expected, *map(content_hash, others)}) == 5
+    assert content_hash([Outer(inner=inner, parts=(part,))]) == content_hash([old])
+
+
+def test_a_resolved_run_survives_its_file(tmp_path: Path) -> None:
+    """What is written as config.json and read again has the same id."""
+    for run in (*load_suite(save(tmp_path, example())).runs(), *load_suite("single_gpu").runs()):
+        for config in (run, run.base):
+            assert parse_run(json.loads(config.model_dump_json()), "config.json") == config
+            assert parse_run(json.loads(config.model_dump_json()), "config.json").id == config.id
+
+
 def test_base_models_depend_on_their_own_keys_only(tmp_path: Path) -> None:
     """The warm start is shared by runs that differ in rules, learning rate or length, but not in the task."""
     base = load_suite(save(tmp_path, example())).base("tiny")
@@ -364,7 +419,99 @@ VALUES: list[tuple[Keys, Any, str]] = [
     ((*GRPO, "advantage"), "none", "rules.grpo.advantage: unknown advantage 'none'; known: dr_grpo, gae"),
     ((*GRPO, "aggregation"), "mean", "rules.2.aggregation"),
     (("rules", 1), {"preset": "no_such"}, "preset"),
+    # Inside unions: the key itself, without the names that pydantic gives to the members.
+    ((*TINY, "task", "weakness"), 1, "settings.tiny.task.weakness: unknown key"),
+    ((*TINY, "task", "benchmarks", 1, "colour"), 1, "settings.tiny.task.benchmarks.1.colour: unknown key"),
+    ((*TINY, "task", "benchmarks", 1, "size"), "3", "settings.tiny.task.benchmarks.1.size: Input should be"),
+    ((*TINY, "task", "benchmarks", 1, "size"), DELETE, "settings.tiny.task.benchmarks.1.size: missing key"),
+    ((*TINY, "task", "family"), DELETE, "settings.tiny.task.family: missing key"),
+    (
+        (*TINY, "task", "family"),
+        "maze",
+        "settings.tiny.task.family: 'maze' is not one of 'chain', 'reduce', 'math', 'file'",
+    ),
+    ((*TINY, "task", "family"), "reduce", "settings.tiny.task: sizes: size 1 is not in 2..20, those of family reduce"),
+    ((*TINY, "task", "family"), "file", "settings.tiny.task."),
+    ((*TINY, "task"), {"family": "file", "colour": 1}, "settings.tiny.task.colour: unknown key"),
+    ((*TINY, "model", "colour"), 1, "settings.tiny.model.colour: unknown key"),
+    ((*TINY, "model", "layers"), DELETE, "settings.tiny.model.layers: missing key"),
+    ((*TINY, "model"), {"name": "a/b", "layers": 1}, "settings.tiny.model.layers: unknown key"),
+    ((*TINY, "model"), {"name": "a/b", "revision": "x"}, "settings.tiny.model.revision: String should match"),
+    # Keys of older suites.
+    (("objectives",), [], "objectives: is now called rules"),
+    (("rules", 5, "settings"), {"delta": 0.1}, "rules.5: settings: is now called params"),
+    (("rules", 5, "by_setting"), {}, "rules.5.by_setting: is now called params_by_setting"),
+    ((*TINY, "critic", "lam"), 0.9, "settings.tiny.critic.lam: is now called gae_lambda"),
+    (
+        (*TINY, "task", "steps"),
+        [1],
+        "settings.tiny.task.steps: is now called sizes (of a task) or size (of a benchmark)",
+    ),
+    ((*TINY, "task", "benchmarks", 0, "steps"), 1, "settings.tiny.task.benchmarks.0.steps: is now called sizes"),
+    ((*TINY, "scale"), {"vllm_gpus": 1}, "settings.tiny.scale.vllm_gpus: is now called engine_gpus"),
+    ((*TINY, "scale"), {"vllm_memory": 0.4}, "settings.tiny.scale.vllm_memory: is now called engine_memory"),
+    ((*TINY, "scale"), {"vllm_tolerance": 0.4}, "settings.tiny.scale.vllm_tolerance: is now called engine_tolerance"),
+    (
+        (*TINY, "scale"),
+        {"engine": "verl"},
+        "settings.tiny.scale: engine: verl is a trainer, not an engine: write trainer: verl",
+    ),
+    ((*TINY, "scale"), {"engine": "jax"}, "settings.tiny.scale: engine: 'jax' is not one of torch, vllm"),
+    # Titles that say how large a model is.
+    (
+        (*TINY, "title"),
+        "Qwen3-101k-Base",
+        "settings.tiny: title: 'Qwen3-101k-Base' says 101k parameters, the model has 3,",
+    ),
+    ((*TINY, "title"), "Tiny 1.7B", "settings.tiny: title: 'Tiny 1.7B' says 1.7B parameters, the model has 3,"),
 ]
+
+
+OLD_RUN = {
+    "label": "cispo",
+    "setting": "tiny",
+    "seed": 0,
+    "plan": {"title": "Qwen3-tiny", "model": {}, "task": {"family": "chain", "steps": [1, 2]}, "critic": {"lam": 0.95}},
+    "objective": {"name": "cispo", "objective": "cispo", "settings": {"clip_high": 4.0}, "by_setting": {}},
+    "evaluation": {"samples": 4, "temperature": 0.7, "top_p": 0.95},
+}
+"""The configuration of a run folder that older code made, in short."""
+
+
+@pytest.mark.parametrize("kind", ["run", "base model"])
+def test_folders_of_older_code_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line that says what to do; nothing is written beside it."""
+    base = {key: OLD_RUN[key] for key in ("setting", "plan", "evaluation")}
+    path = tmp_path / "036b0d6475" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(OLD_RUN if kind == "run" else base))
+    assert main(["evaluate", str(path.parent)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cppo: error: {path}: ") and error.count("\n") == 1
+    assert error.endswith("older code made this folder: move it away and make it again\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("title", "fits"),
+    [
+        ("Tiny-3k", True),
+        ("Tiny 3.04k", True),
+        ("Tiny", True),
+        ("Tiny-3.2k", False),
+        ("3M", False),
+        ("GPT3k", True),
+        ("v3.5", True),
+    ],
+)
+def test_a_title_says_the_right_number_of_parameters(title: str, fits: bool, tmp_path: Path) -> None:
+    """Within the rounding of two digits; words that merely end in digits are none of its business."""
+    before = ids(load_suite(save(tmp_path, TEXT)))
+    path = save(tmp_path, changed((*TINY, "title"), title))
+    if fits:
+        assert ids(load_suite(path)) == before  # and it is no part of the id
+    else:
+        assert "parameters, the model has" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,15 @@ def trainer_of(run: RunConfig, base: Path, folder: Path, checkpointing: bool = F
     problems = run.setting.task.load(run.setting_name)[0]["train"]
     accelerator = make_accelerator(run.setting.scale)
     return Trainer(
-        run, RunFolder(folder), problems, policy, load_tokenizer(base), critic, Judge(), accelerator, TorchEngine(policy)
+        run,
+        RunFolder(folder),
+        problems,
+        policy,
+        load_tokenizer(base),
+        critic,
+        Judge(),
+        accelerator,
+        TorchEngine(policy),
     )
 
 

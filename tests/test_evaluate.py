@@ -78,7 +78,7 @@ def test_same_weights_same_scores_and_noise_at_every_checkpoint(
     scored: tuple[BaseConfig, Path, Path], tmp_path: Path
 ) -> None:
     """Two copies of one checkpoint score alike, problem by problem; other weights do not."""
-    config, folder, _ = scored
+    _, folder, _ = scored
     other = beside(scored, tmp_path)
     model = load_pretrained(folder / "checkpoints" / "iteration-0")
     for iteration in (0, 1):

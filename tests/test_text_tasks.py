@@ -173,8 +173,8 @@ def test_a_missing_hub_is_one_line_and_quick() -> None:
     """It names the data set, the commit and how to point at a local copy, without half a minute of retries."""
     start = time.monotonic()
     says = (
-        r"HuggingFaceH4/aime_2024: this dataset at commit 0123456789 is not in the local cache and cannot be had from the hub "
-        r"\(.*\); with a copy at hand, put data/train-00000-of-00001.parquet into <folder>/aime24/ and set task.data_dir"
+        r"HuggingFaceH4/aime_2024: this dataset at commit 0123456789 is not in the local cache and could not be fetched "
+        r"from the hub \(.*\); with a copy at hand, put data/train-00000-of-00001.parquet into <folder>/aime24/ and set task.data_dir"
     )
     with pytest.raises(ValueError, match=says) as caught:
         load_problems(task(None, 36, aime24=2))

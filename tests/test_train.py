@@ -126,7 +126,9 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
     critic = ValueModel(load_pretrained(base)) if run.rule.advantage == "gae" else None
     policy, tokenizer = load_pretrained(base), load_tokenizer(base)
     sampler = TorchEngine(policy)
-    return Trainer(run, RunFolder(folder), problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler)
+    return Trainer(
+        run, RunFolder(folder), problems, policy, tokenizer, critic, Judge(), make_accelerator(None), sampler
+    )
 
 
 def test_each_epoch_asks_every_problem_once() -> None:

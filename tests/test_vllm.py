@@ -194,9 +194,7 @@ def test_synchronised_weights_are_sampled_from(
     assert stale > 0.05 and fresh < 1e-4
 
 
-def builder(
-    run: RunConfig, problems: tuple[Problem, ...], policy: PreTrainedModel, engine: VllmEngine
-) -> BatchBuilder:
+def builder(run: RunConfig, problems: tuple[Problem, ...], policy: PreTrainedModel, engine: VllmEngine) -> BatchBuilder:
     rule = objective_of(run.rule)
     return BatchBuilder(run, rule, problems, learner(policy), chain_tokenizer(), None, Judge(), Stopwatch(), engine)
 
@@ -276,7 +274,7 @@ def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.Capt
         assert quantiles == sorted(quantiles) and 0 < quantiles[-1] < 1e-4 and 0 < row["mismatch_prob/max"] < 1e-4
     out = "".join(capsys.readouterr())
     assert out.count("engine against trainer at the same weights: |log pi - log mu| q50") == 1
-    assert "must stay well below: {'delta': 0.05" in out
+    assert "among its parameters: {'delta': 0.05" in out
 
     suite = ["--suite", str(tmp_path / "suite" / "suite.yaml"), "--root", str(tmp_path)]
     assert main(["data", *suite, "--setting", "tiny"]) == 0

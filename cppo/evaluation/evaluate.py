@@ -1,7 +1,8 @@
-"""Avg@k of checkpoints on the held-out sets, through lm-eval with our rollout engine as its model.
+"""Avg@k of checkpoints on the held-out sets, through lm-eval with a rollout engine of this package as its model.
 
-All checkpoints of a run are scored in one process. The sampling noise depends on (setting, seed, benchmark, problem,
-sample) only, so it is the same at every checkpoint and for every objective.
+Avg@k is the share of right responses among k samples per problem. All checkpoints of a run are scored in one process. The
+sampling noise depends on (setting, seed, benchmark, problem, sample) only, so it is the same at every checkpoint and for
+every rule.
 """
 
 import csv
@@ -38,7 +39,7 @@ class Score:
     """One problem at one checkpoint: a row of the scores table."""
 
     run: str
-    """Run id; the base model's id for rule "base"."""
+    """The run's id; the base model's id for rule "base"."""
     rule: str
     setting: str
     seed: int
@@ -48,20 +49,20 @@ class Score:
     problem: str
     """Problem id."""
     correct: int
-    """Right samples."""
+    """How many samples are right."""
     samples: int
-    """All samples, the k of Avg@k."""
+    """How many samples there are, the k of Avg@k."""
     unjudged: int
-    """Samples without a verdict; Avg@k is over the others."""
+    """How many samples have no verdict; Avg@k is over the others."""
     mean_length: float
-    """Tokens a response."""
+    """Tokens per response."""
     truncated: int
-    """Samples that reached the longest length."""
+    """How many samples reached the longest length without an end token."""
 
 
 @register_model("cppo")
 class CheckpointLM(LM):  # type: ignore[misc]
-    """A checkpoint folder as an lm-eval model, sampled by the engine of `scale` with named seeds."""
+    """A checkpoint folder as an lm-eval model, sampled from by the engine of `scale` with named seeds."""
 
     def __init__(self, pretrained: str, task: Task, setting_name: str, seed: int, scale: Scale | None = None) -> None:
         super().__init__()
@@ -80,13 +81,13 @@ class CheckpointLM(LM):  # type: ignore[misc]
             options = json.loads(key)[1]
             if options.get("until"):
                 raise ValueError(f"generation_kwargs.until: {options['until']!r}: responses end at the end token only")
-            seen: Counter[str] = Counter()
+            samples: Counter[str] = Counter()
             noise = []
             for i in rows:
                 problem = requests[i].doc["id"]
-                axes = ("evaluate", self.setting_name, self.seed_axis, requests[i].task_name, problem, seen[problem])
+                axes = ("evaluate", self.setting_name, self.seed_axis, requests[i].task_name, problem, samples[problem])
                 noise.append(uniforms(1, options["max_gen_toks"], *axes))
-                seen[problem] += 1
+                samples[problem] += 1
             prompts = [self.task.encode(self.tokenizer, requests[i].args[0]) for i in rows]
             rollouts = self.engine.generate(prompts, torch.cat(noise), options["temperature"], options["top_p"])
             decoded = self.tokenizer.batch_decode(rollouts.token_lists(), skip_special_tokens=True)
@@ -105,17 +106,17 @@ class CheckpointLM(LM):  # type: ignore[misc]
 
 
 def evaluate(path: Path) -> None:
-    """Score every checkpoint of the run or base model at `path` and write scores.csv; checkpoints but the best and the last
-    are deleted.
+    """Score every checkpoint of the run or base model at `path` and write scores.csv. All checkpoints but the best and the last
+    are deleted then.
 
-    Each checkpoint's rows are kept as they come, so an interrupted evaluation continues. Raises ValueError for a folder that
-    is of another numerics version, or holds nothing to score.
+    The rows of each checkpoint are kept once it is scored, so an interrupted evaluation continues with the next. Raises
+    ValueError for a folder of another numerics version, and for one without anything to score.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = RunFolder(path)
     config = folder.config()
     folder.check_numerics()
-    judge().start()  # before anything is sampled: it may be impossible
+    judge().start()  # before anything is sampled, because it may fail
     base = config.base if isinstance(config, RunConfig) else config
     tasks = TaskManager(include_path=str(path.resolve().parents[2] / base.data / "lm_eval"), include_defaults=False)
     for iteration, checkpoint in folder.checkpoints().items():
@@ -136,17 +137,17 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, iteration: int, tas
     setting = config.setting
     model = CheckpointLM(str(checkpoint), setting.task, config.setting_name, config.seed, setting.scale)
     names = [benchmark.name for benchmark in setting.task.benchmarks]
-    # Not simple_evaluate, which also describes the machine: with `pip list`, a second per checkpoint.
+    # simple_evaluate would also describe the machine with `pip list`, which takes a second per checkpoint.
     loaded = tasks.load(names)
     with closing(model.engine):
-        found: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
-    assert found is not None
+        results: dict[str, Any] | None = lm_eval.evaluate(model, loaded, bootstrap_iters=0, log_samples=True)
+    assert results is not None
     scores = []
     for name in names:
-        for sample in found["samples"][name]:
+        for sample in results["samples"][name]:
             sizes = model.lengths[name, sample["doc"]["id"]]
             count = len(sizes)
-            # lm-eval's metrics are numbers per problem, so counts come back from shares.
+            # lm-eval's metrics are shares per problem, from which the counts are recovered.
             unjudged = round(sample["unjudged"] * count)
             scores.append(
                 Score(
@@ -169,23 +170,23 @@ def _score(config: RunConfig | BaseConfig, checkpoint: Path, iteration: int, tas
 
 def checkpoint_means(scores: list[Score]) -> dict[int, float]:
     """Iteration -> the paper's score (`cppo.statistics.score`); a checkpoint without any judged sample is left out."""
-    found = {}
+    means = {}
     for iteration in sorted({score.iteration for score in scores}):
         rows = [score for score in scores if score.iteration == iteration and score.unjudged < score.samples]
         if rows:
             names = sorted({score.benchmark for score in rows})
-            found[iteration] = float(
+            means[iteration] = float(
                 statistics.score(
                     [score.correct for score in rows],
                     [score.samples - score.unjudged for score in rows],
                     [names.index(score.benchmark) for score in rows],
                 )
             )
-    return found
+    return means
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:
-    """Rows as CSV, whole or not at all."""
+    """Write rows as a table of comma-separated values (CSV), complete or not at all."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [f.name for f in fields(Score)], lineterminator="\n")
     writer.writeheader()
@@ -194,10 +195,10 @@ def write_scores(path: Path, scores: list[Score]) -> None:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The rows of `write_scores`. Raises ValueError naming the file, and line and column where one is wrong."""
+    """The rows that `write_scores` wrote. Raises ValueError naming the file, and line and column where a value is wrong."""
     types = {f.name: f.type for f in fields(Score)}
     remedy = "delete it and evaluate again"
-    found = []
+    scores = []
     try:
         with path.open(newline="", encoding="utf-8") as source:
             reader = csv.reader(source, strict=True)
@@ -213,7 +214,7 @@ def read_scores(path: Path) -> list[Score]:
                         values[name] = kind(text)  # type: ignore[operator]
                     except ValueError:
                         raise ValueError(f"{where}: {name}: {text!r:.60} is not a number; {remedy}") from None
-                found.append(Score(**values))
+                scores.append(Score(**values))
     except (csv.Error, UnicodeDecodeError):
         raise ValueError(f"{path}: not a CSV table; {remedy}") from None
-    return found
+    return scores

@@ -1,6 +1,7 @@
-"""What our lm-eval task files call: `!function utils.load`, `!function utils.process_results`.
+"""lm-eval tasks of a setting's benchmarks: their files, and the functions that the files name.
 
-Works with this package's own evaluation and with the stock `lm_eval` command alike.
+A task names `!function utils.load` and `!function utils.process_results`. The file utils.py beside it gets both from
+`task_functions`. The tasks work with this package's own evaluation and with the stock `lm_eval` command alike.
 """
 
 import atexit
@@ -49,23 +50,23 @@ metadata: {{version: 1}}
 
 
 def write_tasks(folder: Path, base: BaseConfig, problems: Callable[[str], Path]) -> None:
-    """Write an lm-eval task for each benchmark of a setting: Avg@k, every sample counted.
+    """Write an lm-eval task for each benchmark of a setting, which counts every sample (Avg@k).
 
-    problems: the problem file of a benchmark, by its name.
+    problems: the benchmark's name -> the path of its problem file.
     """
-    task, how = base.setting.task, base.evaluation
+    task, evaluation = base.setting.task, base.evaluation
     for benchmark in task.benchmarks:
         text = TEMPLATE.format(
             name=benchmark.name,
             path=problems(benchmark.name).resolve(),
             text=json.dumps(task.wording("{{question}}")),
-            samples=how.samples,
-            temperature=how.temperature,
-            top_p=how.top_p,
+            samples=evaluation.samples,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
             tokens=base.setting.rollout.max_response_tokens,
         )
         write_atomic(folder / f"{benchmark.name}.yaml", text)
-    # Beside the tasks, for `task_functions`: lm-eval gives a function nothing but a problem and its responses.
+    # For `task_functions`: lm-eval gives a function nothing but a problem and its responses.
     write_atomic(folder / SETTING, base.setting.model_dump_json(indent=1))
     write_atomic(folder / "utils.py", UTILS)
 
@@ -76,9 +77,9 @@ def task_functions(folder: Path) -> tuple[Callable[..., Any], Callable[..., Any]
     task = parse(Setting, read_json(path), str(path)).task
 
     def process_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-        """Judge all samples of one problem: avg = right ones among the judged, unjudged = share without a verdict."""
-        asked = Problem(**doc)
-        verdicts = [task.verify(response, asked, judge()) for response in results[0]]
+        """Judge all samples of one problem. avg: share of right ones among the judged; unjudged: share without a verdict."""
+        problem = Problem(**doc)
+        verdicts = [task.verify(response, problem, judge()) for response in results[0]]
         judged = [v for v in verdicts if v is not None]
         return {"avg": sum(judged) / max(len(judged), 1), "unjudged": 1 - len(judged) / len(verdicts)}
 
@@ -93,7 +94,7 @@ def load(path: str, **ignored: object) -> dict[str, datasets.Dataset]:
 
 @lru_cache(maxsize=1)
 def judge() -> Judge:
-    """One judge per process; lm-eval calls plain functions, so there is nobody to hand it in."""
-    found = Judge()
-    atexit.register(found.close)
-    return found
+    """The judge of this process. lm-eval calls plain functions, which get no judge as an argument."""
+    started = Judge()
+    atexit.register(started.close)
+    return started

@@ -23,8 +23,10 @@ PAD, EOS, UNK = range(3)
 
 
 def create_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are these texts, in the order of their ids, the special ones first. Longer texts are matched
-    first."""
+    """A tokenizer whose tokens are these texts, in the order of their ids, the special ones first.
+
+    Longer texts are matched first.
+    """
     core = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=SPECIAL[UNK]))
     longer = sorted((text for text in vocabulary[len(SPECIAL) :] if len(text) > 1), key=len, reverse=True)
     core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, longer), "."])), behavior="isolated")
@@ -34,13 +36,13 @@ def create_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def create_model(model: Model, setting_name: str, vocabulary: int) -> PreTrainedModel:
-    """A freshly initialised model of a real architecture, float32, with the weights of this setting's seed.
+def create_model(model: Model, setting_name: str, vocabulary_size: int) -> PreTrainedModel:
+    """A freshly initialised float32 model of a real architecture, with the weights of this setting's seed.
 
-    vocabulary: the number of tokens.
+    vocabulary_size: the number of tokens.
     """
     shape: dict[str, Any] = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocabulary_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,

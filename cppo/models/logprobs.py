@@ -9,34 +9,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 PAD = 0
-"""Stands behind the end of a row; attention is causal, so that nothing looks at it."""
-
-# So many logits are made at a time, so that [B, T, V] never exists: 128 MiB in float32, of which three are alive at once.
+"""The id after the end of a row. Attention is causal, so that no token of the row sees it."""
 CHUNK_ELEMENTS = 2**25
+"""Upper bound on the number of logits in one tensor: 128 MiB in float32. Three such tensors exist at once, [B, T, V] never."""
 
 
 class TokenLogprobs(NamedTuple):
-    """The policy at sampled tokens, float32; values outside the mask are 0. A tuple: FSDP2 finds the tensors in one."""
+    """The policy at sampled tokens, float32. Values outside the mask are 0. It is a tuple, in which FSDP2 finds the tensors."""
 
     logp: Tensor
-    """[B, T] log-probability of the sampled token; the only field with a gradient."""
+    """[B, T] log-probability of the sampled token, in nats; the only field with a gradient."""
     entropy: Tensor
-    """[B, T] in nats."""
+    """[B, T] entropy of the whole distribution, in nats."""
     topk_ids: Tensor | None
     """[B, T, K] the given ids, or the policy's own likeliest where `top_k` asked for them."""
     topk_logp: Tensor | None
     """[B, T, K] log-probabilities of these ids."""
     logp_all: Tensor | None
-    """[B, T, V] the whole distribution, where asked for."""
+    """[B, T, V] log-probabilities of the whole vocabulary, where `full` asked for them."""
 
 
 def join(prompts: Sequence[Sequence[int]], responses: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded prompt + response ids [B, L] and the prompts' lengths [B], where the responses are."""
+    """Right-padded prompt + response ids [B, L] and the prompts' lengths [B], on the responses' device."""
     longest, width = max(len(p) for p in prompts), responses.shape[1]
     padded = torch.tensor([[*p, *[PAD] * (longest + width - len(p))] for p in prompts], dtype=torch.int64)
     ids = padded.to(responses.device)
@@ -48,9 +45,10 @@ def join(prompts: Sequence[Sequence[int]], responses: Tensor) -> tuple[Tensor, T
 def response_hidden(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Tensor) -> Tensor:
     """Hidden states [B, T, H] from which each response token was predicted.
 
-    Rows are right-padded and attention is causal, so no padding mask is needed and none is given (it would be slower).
+    Rows are right-padded and attention is causal, so no padding mask is needed. None is given, because it would be slower.
     """
     ids, lengths = join(prompts, responses)
+    # These are the head's inputs, to which it is applied as a plain matrix: `cppo.models.load.check_head` has made sure.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
     index = lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1], device=ids.device)
     at_responses: Tensor = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -69,16 +67,17 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-probabilities, entropy and top-K log-probabilities of the policy at sampled tokens.
 
-    prompts: B lists of ids; responses [B, T] ids and mask [B, T] bool, on the model's device; topk_ids [B, T, K]: ids to
-    look up; top_k: find the policy's own K likeliest instead; full: also return [B, T, V].
-    The output head is applied to masked-in tokens only and in chunks that are recomputed in the backward pass, so the
-    logits of the whole batch never exist at once (unless `full` asks for them).
+    prompts: B lists of ids. responses: [B, T] ids, and mask: [B, T] bool, on the model's device. topk_ids: [B, T, K] ids to
+    look up. top_k: find the policy's own K likeliest instead. full: also return [B, T, V].
+    The output head is applied to trained tokens only, in chunks that are recomputed in the backward pass. So the logits of
+    the whole batch never exist at once, unless `full` asks for them.
     """
     head = model.get_output_embeddings()
-    assert head.bias is None  # `load_pretrained` refuses others
+    assert head.bias is None  # `check_head` refuses other models
     hidden = response_hidden(model, prompts, responses)[mask]  # [N, H]
     ids = topk_ids[mask].long() if topk_ids is not None else None
     given = (hidden, head.weight, responses[mask], temperature, ids, top_k, full)
+    # In this order: logp, entropy, then ids and their log-probabilities where there are any, then the whole distribution.
     columns = TokenLogprobsFunction.apply(*given)  # type: ignore[no-untyped-call]
 
     def scatter(values: Tensor) -> Tensor:
@@ -86,20 +85,20 @@ def token_logprobs(
         return out.masked_scatter(mask.reshape(*mask.shape, *[1] * (values.dim() - 1)), values)
 
     logp, entropy, *rest = (scatter(c) for c in columns)
-    found_ids, topk = (rest.pop(0), rest.pop(0)) if topk_ids is not None or top_k else (None, None)
-    return TokenLogprobs(logp, entropy, found_ids, topk, rest.pop(0) if full else None)
+    likeliest, topk_logp = (rest.pop(0), rest.pop(0)) if topk_ids is not None or top_k else (None, None)
+    return TokenLogprobs(logp, entropy, likeliest, topk_logp, rest.pop(0) if full else None)
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
-    """What `TokenLogprobs` holds, of N tokens, from hidden states and the output head's weight, in chunks, forward and backward.
+    """The fields of `TokenLogprobs` for N tokens, from hidden states and the output head's weight, in chunks both ways.
 
     `apply(hidden [N, H], weight [V, H], sampled [N], temperature, ids [N, K] or None, top_k, full)` gives log-probability
     [N] (the only differentiable output) and entropy [N]; with `ids` or `top_k` also ids and log-probabilities [N, K]; with
-    `full` also [N, V]. Logits are float32 whatever the inputs are, under autocast too: rounded to bfloat16 they move a
-    log-probability by hundredths, and with it divergences as large as the rules' thresholds.
+    `full` also [N, V]. Logits are float32 whatever the inputs are, under autocast too. Rounded to bfloat16 they would move a
+    log-probability by hundredths, and thereby divergences by as much as the rules' thresholds.
 
-    Not a `checkpoint` on every chunk: each would make a [V, H] gradient of its own, here one buffer takes them all. Not
-    Liger (0.8.5): its nearest kernel, fused_linear_scaled_cross_entropy, looks up the same ids at every token.
+    A `checkpoint` on every chunk is not used: each would make a [V, H] gradient of its own, whereas one buffer takes them all
+    here. Liger (0.8.5) is not used: its nearest kernel, fused_linear_scaled_cross_entropy, looks up the same ids at each token.
     """
 
     @staticmethod
@@ -119,13 +118,13 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
         def chunk(part: slice) -> list[Tensor]:
             logp = _log_softmax(hidden[part], head, temperature)
-            found = [logp.gather(-1, sampled[part].unsqueeze(-1)).squeeze(-1), -logp.exp().mul_(logp).sum(-1)]
+            columns = [logp.gather(-1, sampled[part].unsqueeze(-1)).squeeze(-1), -logp.exp().mul_(logp).sum(-1)]
             if ids is not None:
-                found += [ids[part], logp.gather(-1, ids[part])]
+                columns += [ids[part], logp.gather(-1, ids[part])]
             elif top_k:
-                values, own = logp.topk(top_k, -1)
-                found += [own, values]
-            return [*found, logp] if full else found
+                values, likeliest = logp.topk(top_k, -1)
+                columns += [likeliest, values]
+            return [*columns, logp] if full else columns
 
         with torch.autocast(hidden.device.type, enabled=False):
             pieces = [chunk(part) for part in _chunks(hidden, weight)]
@@ -156,11 +155,11 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the N tokens; an empty one where there are none."""
+    """Slices of the N tokens; one empty slice where there are no tokens."""
     rows = max(CHUNK_ELEMENTS // len(weight), 1)
     return [slice(start, start + rows) for start in range(0, max(len(hidden), 1), rows)]
 
 
 def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """[n, V] float32."""
+    """Log-probabilities [n, V], float32."""
     return torch.log_softmax(torch.nn.functional.linear(hidden.float(), head).div_(temperature), -1)

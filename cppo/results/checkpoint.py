@@ -1,8 +1,8 @@
-"""Training state on disk: whole or absent, checked when read, never unpickled.
+"""Training state on disk: complete or absent, checked when it is read, never unpickled.
 
-A state is a folder of safetensors files and one JSON file, with a manifest of SHA-256 sums. The last two are kept, so a
-damaged one has a predecessor to fall back to. The streams (JSON lines that only grow) are not copied: the state holds how
-many bytes of each belong to it, with their SHA-256.
+A state is a folder of safetensors files and one JSON file, with a manifest of SHA-256 sums. The last two states are kept, so
+that a damaged one has a predecessor. The streams (JSON lines that only grow) are not copied: the state holds how many bytes
+of each belong to it, with their SHA-256.
 """
 
 import json
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cppo.system.files import atomic_folder, sha256, writing
 
-KEPT = 2
+STATES_KEPT = 2
+"""How many of the newest states are kept."""
 
 
 def save_state(
@@ -34,26 +35,26 @@ def save_state(
         (folder / "info.json").write_text(json.dumps({"info": info, "streams": sizes}))
         manifest = {p.name: sha256(p) for p in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    for old in _states(root)[:-KEPT]:
+    for old in _states(root)[:-STATES_KEPT]:
         shutil.rmtree(old)
 
 
 def load_latest(
     root: Path, streams: Iterable[Path]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]] | None:
-    """The newest undamaged state (tensors, info) and a line for each damaged one that was passed over; None = no state.
+    """The newest undamaged state (tensors, info), and a line for each damaged one that was passed over; None = no state.
 
-    Cuts the streams back to what belongs to the state; without one they are emptied.
-    Raises ValueError when there are states and all are damaged: training from the start would silently repeat work.
+    The streams are cut back to what belongs to the state. Without a state they are emptied.
+    Raises ValueError when there are states and all are damaged: training from the start would repeat work without a word.
     """
     streams, damaged = list(streams), list[str]()
     for folder in reversed(_states(root)):
         problem = _damage(folder, streams)
         if problem is None:
-            found = json.loads((folder / "info.json").read_text())
-            _cut(streams, {name: size for name, (size, _) in found["streams"].items()})
+            saved = json.loads((folder / "info.json").read_text())
+            _cut(streams, {name: size for name, (size, _) in saved["streams"].items()})
             tensors = {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
-            return tensors, found["info"], damaged
+            return tensors, saved["info"], damaged
         damaged.append(f"{problem}; falling back to the state before it")
     if damaged:
         first = damaged[0].split(";")[0]
@@ -63,7 +64,7 @@ def load_latest(
 
 
 def _cut(streams: Iterable[Path], sizes: dict[str, int]) -> None:
-    """Drop what was written after the state."""
+    """Drop from the streams what was written after the state."""
     for path in streams:
         with writing(path):
             path.touch()
@@ -75,7 +76,7 @@ def _states(root: Path) -> list[Path]:
 
 
 def _damage(folder: Path, streams: Iterable[Path]) -> str | None:
-    """What is wrong with a state or its share of the streams, in one line; None = nothing."""
+    """What is wrong with a state or with its share of the streams, in one line; None = nothing."""
     manifest = folder / "manifest.json"
     try:
         sums = json.loads(manifest.read_text())

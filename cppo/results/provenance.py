@@ -1,4 +1,4 @@
-"""Which code, packages and machine a number comes from."""
+"""Which code, packages and machine a run's numbers come from."""
 
 import importlib.metadata
 import platform
@@ -8,12 +8,13 @@ from pathlib import Path
 from cppo.numerics import NUMERICS_VERSION
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "math-verify", "sympy")
+"""Packages whose versions are recorded: those that numbers pass through."""
 
 
 def commit() -> str:
     """The checkout's git commit, with -dirty for uncommitted changes; "unknown" outside a checkout."""
     try:
-        done = subprocess.run(
+        git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -22,15 +23,15 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return git.stdout.strip()
 
 
 def provenance() -> dict[str, str]:
-    """Numerics version, commit, Python, machine type and package versions; no host name, path or time."""
-    found = {
+    """The numerics version, the commit, Python, the machine's type and package versions; no host name, path or time."""
+    versions = {
         "numerics": str(NUMERICS_VERSION),
         "commit": commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return versions | {name: importlib.metadata.version(name) for name in PACKAGES}

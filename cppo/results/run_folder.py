@@ -1,34 +1,37 @@
 """The folder of a run or a base model: the only place that knows how it is laid out.
 
-    config.json  provenance.json        what it is, and what it was begun with; written first
-    metrics.jsonl timings.jsonl positions.jsonl tokens.jsonl    streams: one JSON object a line, they only grow
+    config.json  provenance.json        the configuration, and what the run was begun with; written first
+    metrics.jsonl timings.jsonl positions.jsonl tokens.jsonl    streams: one JSON object per line, they only grow
     state/                              to continue from (`cppo.results.checkpoint`)
     checkpoints/iteration-N/            weights to score; the base model is iteration 0
-    scores/iteration-N.csv scores.csv   what evaluation makes of them
-    DONE                                written last: how the run ended
-    LOCK                                who is working on it (`cppo.system.lock`)
+    scores/iteration-N.csv scores.csv   the scores of those weights
+    trackers/                           files of trackers that write files
+    DONE                                how the run ended; written last
+    LOCK                                the process that works on it (`cppo.system.lock`)
 
-A run is made under one numerics version from its first iteration to its scores. What was begun under another one is refused,
-or moved aside where the workflow asks for it; nothing is deleted.
+A run is made under one numerics version from its first iteration to its scores. What was begun under another version is
+refused, or moved to a folder beside it (`<id>.numerics-<version>`) where the workflow asks for it. Nothing is deleted.
 """
 
+import itertools
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cppo.numerics import NUMERICS_VERSION
 from cppo.suite.config import BaseConfig, RunConfig, parse_run
-from cppo.system.files import atomic_folder, read_json, write_atomic, writing
+from cppo.system.files import PARTIAL, atomic_folder, read_json, write_atomic, writing
 
 STREAMS = ("metrics", "timings", "positions", "tokens")
 """Names of the streams of a trained run."""
+PROVENANCE = "provenance.json"
 DONE = "DONE"
 """Name of the file that ends a run, which the workflow declares as a rule's output."""
 SCORES = "scores.csv"
 """Name of the file with a run's scores, another of the workflow's outputs."""
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class RunFolder:
 
     def provenance(self) -> dict[str, Any]:
         """What it was begun with. Raises ValueError when that is missing."""
-        return read_json(self.path / "provenance.json")
+        return read_json(self.path / PROVENANCE)
 
     def begin(self, config: RunConfig | BaseConfig, provenance: dict[str, str], begun: bool) -> None:
         """Write configuration and provenance before any work.
@@ -82,40 +85,46 @@ class RunFolder:
         """
         before = self._provenance_before()
         if begun and before is not None:
-            for name, here in provenance.items():
-                if name != "commit" and before.get(name) != here:
+            for name, version in provenance.items():
+                if name != "commit" and before.get(name) != version:
                     raise ValueError(
-                        f"{self.path}: it was begun with {name} {before.get(name)}, this is {here}; go back to that version "
-                        "to finish it, or delete the folder to start again"
+                        f"{self.path}: it was begun with {name} {before.get(name)}, this is {version}; go back to that "
+                        "version to finish it, or delete the folder to start again"
                     )
         write_atomic(self.config_path, config.model_dump_json(indent=1))
-        write_atomic(self.path / "provenance.json", json.dumps(provenance, indent=1))
+        write_atomic(self.path / PROVENANCE, json.dumps(provenance, indent=1))
 
     # Numerics --------------------------------------------------------------------------------------------------------
 
     def check_numerics(self, restart: bool = False) -> None:
-        """ValueError, one line, when the folder holds work of another numerics version.
+        """Raise ValueError, one line, when the folder holds work of another numerics version.
 
-        restart: move that work aside instead, and say so.
+        restart: move that work to a folder beside it instead, and say so; the lock stays.
         """
         before = self._provenance_before()
         version = None if before is None else before.get("numerics", "0")
         if version in (None, str(NUMERICS_VERSION)):
             return
-        told = f"{self.path}: it was made by numerics version {version}, this code has version {NUMERICS_VERSION}"
+        difference = f"{self.path}: it was made by numerics version {version}, this code has version {NUMERICS_VERSION}"
         if not restart:
-            raise ValueError(f"{told}; run `snakemake`, or delete the folder, and it is made again")
-        aside = self.path.with_name(f"{self.path.name}.numerics-{version}")
-        print(f"{told}; what there is goes to {aside}", file=sys.stderr)
+            raise ValueError(f"{difference}; run `snakemake`, or delete the folder, and it is made again")
+        aside = self._aside(str(version))
+        print(f"{difference}; its content goes to {aside}", file=sys.stderr)
         with writing(aside):
             aside.mkdir(exist_ok=True)
-            # The lock stays, for this process holds it; the provenance goes last, so that a killed move goes on.
+            # The lock stays, for this process holds it. The provenance goes last, so that a killed move is continued.
             names = [p.name for p in self.path.iterdir() if not p.name.startswith("LOCK")]
-            for name in sorted(names, key=lambda name: (name == "provenance.json", name)):
+            for name in sorted(names, key=lambda name: (name == PROVENANCE, name)):
                 (self.path / name).rename(aside / name)
 
+    def _aside(self, version: str) -> Path:
+        """The folder for the content of another version: a new one, or the one of a move that was killed."""
+        name = f"{self.path.name}.numerics-{version}"
+        names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+        return next(path for path in map(self.path.with_name, names) if not (path / PROVENANCE).exists())
+
     def _provenance_before(self) -> dict[str, Any] | None:
-        return self.provenance() if (self.path / "provenance.json").is_file() else None
+        return self.provenance() if (self.path / PROVENANCE).is_file() else None
 
     # What is written while it is trained ------------------------------------------------------------------------------
 
@@ -152,10 +161,10 @@ class RunFolder:
 
     def checkpoints(self) -> dict[int, Path]:
         """Iteration -> folder of its weights, in order; those that are whole."""
-        found = (self.path / "checkpoints").glob("iteration-*")
-        return {_iteration(p): p for p in sorted(found, key=_iteration) if p.suffix != PARTIAL}
+        folders = (self.path / "checkpoints").glob("iteration-*")
+        return {_iteration(p): p for p in sorted(folders, key=_iteration) if p.suffix != PARTIAL}
 
-    def new_checkpoint(self, iteration: int) -> Any:
+    def new_checkpoint(self, iteration: int) -> AbstractContextManager[Path]:
         """A folder to fill, as `atomic_folder`, which becomes that iteration's weights."""
         return atomic_folder(self.checkpoint(iteration))
 
@@ -173,13 +182,15 @@ class RunFolder:
     def status(self) -> Status:
         """How the run ended. Raises ValueError when DONE is missing or damaged."""
         path = self.path / DONE
-        found = read_json(path)
+        values = read_json(path)
         for name, kinds in (("iterations", (int,)), ("collapsed_at", (int, type(None)))):
-            if type(found.get(name, "")) not in kinds or (found[name] or 0) < 0:
+            if name not in values:
+                raise ValueError(f"{path}: {name} is missing; train the run again")
+            if type(values[name]) not in kinds or (values[name] or 0) < 0:
                 raise ValueError(
-                    f"{path}: {name}: expected a whole number, got {found.get(name)!r:.60}; train the run again"
+                    f"{path}: {name}: expected a whole number, got {values[name]!r:.60}; train the run again"
                 )
-        return Status(found["iterations"], found["collapsed_at"])
+        return Status(values["iterations"], values["collapsed_at"])
 
     # Scores ----------------------------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ def check(folder: Path) -> None:
 
 
 def _check_runs(folder: Path, suite: Suite, configs: Any, runs: pd.DataFrame) -> None:
-    """Checks that configs.json holds the suite's runs under their hashes, and runs.csv the same runs of one numerics version."""
+    """Checks that configs.json holds the suite's runs under their hashes, and runs.csv the same runs of one version."""
     where = folder / "configs.json"
     for run, config in configs.items():
         if parse_run(config, f"{where}: {run}").id != run:

@@ -1,10 +1,10 @@
 """Verdicts on model answers: right (1.0), wrong (0.0), or could not judge (None: counted, never taken as wrong).
 
-The answer is what stands in the response's box (`\\boxed{...}`); a response without one is wrong, one that merely contains
-the number is too. A box counts wherever it stands (a response is plain text, where `%` starts no comment), and several must
-agree. Plain integers are compared here; everything else goes to math-verify in a process of its own
-(`cppo.rewards.verify_worker`) with a limit on memory and time: a model's text can keep a computer-algebra system busy for ever.
-Text and verdict cross the pipe as JSON lines; nothing is unpickled or evaluated.
+The answer is the content of the response's box (`\\boxed{...}`). A response without a box is wrong, even if it contains the
+number. A box counts wherever it stands (a response is plain text, where `%` does not start a comment), and several boxes must
+agree. Plain integers are compared here. Everything else goes to math-verify in a process of its own
+(`cppo.rewards.verify_worker`) with a limit on memory and time, because a model's text can keep a computer-algebra system busy
+for ever. Text and verdict cross the pipe as JSON lines; nothing is unpickled or evaluated.
 """
 
 import json
@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 DEADLINE_SECONDS = 0.9
-"""Wall time of a verdict, after which the kernel ends the process that looks for it; the rest of a second is for that end."""
+"""Wall time of a verdict, after which the kernel ends the process that works on it. The rest of a second is for that end."""
 LATE_SECONDS = 5.0
 """How much later than the deadline an answer may come on a busy machine, before the worker as a whole is replaced."""
 START_SECONDS = 60.0
-"""Longest wall time for the worker to start (it imports sympy); once a judge, and no part of a verdict."""
+"""Longest wall time for the worker to start (it imports sympy), which happens once per judge and outside of verdicts."""
 MEMORY_BYTES = 2**30
-"""Address space of a verdict."""
+"""Bytes of address space that a verdict may use."""
 CACHED = 100_000
-"""Verdicts that are remembered."""
+"""How many verdicts are remembered."""
 MAX_CHARACTERS = 20_000
-"""Of a longer response only the end is read; without a box in it there is no verdict: a genuine boxed answer is short."""
+"""Only the last so many characters of a response are judged. If they hold no box, there is no verdict."""
 
 _INTEGER = re.compile(r"\\boxed\{\s*([-+]?\d{1,18})\s*\}")
 _PLAIN = re.compile(r"[-+]?\d{1,18}")
@@ -37,8 +37,8 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def boxes(response: str) -> list[str]:
-    """The outermost `\\boxed{...}` of a response, with their commands; one that is never closed is none."""
-    found, end = [], 0
+    """The outermost `\\boxed{...}` of a response, with their commands. A box that is never closed does not count."""
+    texts, end = [], 0
     for opening in _OPENING.finditer(response):
         if opening.start() < end:
             continue
@@ -47,11 +47,11 @@ def boxes(response: str) -> list[str]:
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
                 end = brace.end()
-                found.append(response[opening.start() : end])
+                texts.append(response[opening.start() : end])
                 break
         else:
             break  # nothing after it is closed either
-    return found
+    return texts
 
 
 def fast_verdict(response: str, gold: str) -> float | None:
@@ -63,9 +63,9 @@ def fast_verdict(response: str, gold: str) -> float | None:
     count = response.count("\\boxed")
     if count == 0:
         return 0.0
-    found = _INTEGER.findall(response)
-    if count == 1 and len(found) == 1 and _PLAIN.fullmatch(gold):
-        return float(int(found[0]) == int(gold))
+    integers = _INTEGER.findall(response)
+    if count == 1 and len(integers) == 1 and _PLAIN.fullmatch(gold):
+        return float(int(integers[0]) == int(gold))
     return None if boxes(response) else 0.0
 
 
@@ -82,16 +82,16 @@ def overlong_penalty(length: int, longest: int, buffer: int) -> float:
 
 @dataclass
 class Judge:
-    """Judges responses one after the other; owns one worker, started when first needed. Use as a context manager."""
+    """Judges responses one after the other. Owns one worker, started when first needed. Use it as a context manager."""
 
     deadline: float = DEADLINE_SECONDS
     killed: int = 0
-    """Processes lost while they looked for a verdict (deadline, crash); each left one response unjudged."""
+    """Processes that were lost while they worked on a verdict (deadline, crash). Each left one response unjudged."""
     unjudged: int = 0
     """Responses without a verdict so far, for whatever reason."""
     _worker: subprocess.Popen[str] | None = field(default=None, repr=False)
     _owner: int = field(default=0, repr=False)
-    """Process that started the worker; one forked from it must not read answers to the other's questions."""
+    """The process that started the worker. A process forked from it must not read answers to the other's questions."""
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[str, str], float] = {}
@@ -112,30 +112,30 @@ class Judge:
             return fast
         key = (response[-MAX_CHARACTERS:], gold)
         if key not in self._known:
-            found = self._ask(*key) if "\\boxed" in key[0] else None
-            if found is None:
+            verdict = self._ask(*key) if "\\boxed" in key[0] else None
+            if verdict is None:
                 self.unjudged += 1
-                return None  # not remembered: a busy machine may have caused it
+                return None  # it is not remembered, because a busy machine may have caused it
             if len(self._known) >= CACHED:
                 self._known.clear()
-            self._known[key] = found
+            self._known[key] = verdict
         return self._known[key]
 
     def _ask(self, response: str, gold: str) -> float | None:
         line = json.dumps([response, gold, self.deadline]) + "\n"
         try:
             worker = self._send(line)
-        except BrokenPipeError:  # it was dead already, which is no fault of this response
+        except BrokenPipeError:  # the worker was dead already, so this response did not kill it
             self.close()
             worker = self._send(line)
         answer = _read_line(worker, self.deadline + LATE_SECONDS)
         if answer is None:
             self.close()
-        found = "lost" if answer is None else json.loads(answer)
-        if found == "lost":
+        verdict = "lost" if answer is None else json.loads(answer)
+        if verdict == "lost":
             self.killed += 1
             return None
-        return None if found is None else float(found)
+        return None if verdict is None else float(verdict)
 
     def _send(self, line: str) -> subprocess.Popen[str]:
         self.start()
@@ -145,7 +145,7 @@ class Judge:
         return self._worker
 
     def start(self) -> None:
-        """Have the worker ready. Raises ValueError, one line with its reason, when it cannot be started."""
+        """Start the worker unless it runs. Raises ValueError, one line with the reason, when it cannot be started."""
         if self._worker is not None and self._owner == os.getpid():
             return
         self._owner = os.getpid()
@@ -181,7 +181,7 @@ class Judge:
 
 
 def _read_line(worker: subprocess.Popen[str], seconds: float) -> str | None:
-    """The worker's next line; None when it takes longer or has died. A worker writes one short line an answer."""
+    """The worker's next line; None when it takes longer or has died. A worker writes one short line per answer."""
     assert worker.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(worker.stdout, selectors.EVENT_READ)

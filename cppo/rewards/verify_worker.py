@@ -1,11 +1,12 @@
-"""The child process of `cppo.rewards.Judge`: reads questions as JSON lines, writes a verdict as a JSON line each.
+"""The child process of `cppo.rewards.Judge`: reads questions as JSON lines and writes a verdict as a JSON line for each.
 
-Not imported by the package: it is run as `python -m cppo.rewards.verify_worker BYTES`, BYTES being the address space of a verdict.
+The package does not import it. It is run as `python -m cppo.rewards.verify_worker BYTES`, where BYTES is the address space of
+a verdict.
 
-It imports math-verify once and forks a child for every question ([response, gold, seconds]), which takes 3 ms. So no
-answer can wear out or slow down what judges the next one, and a lost child costs nothing. The child's verdict is its exit
-code; the kernel ends it at its deadline (SIGALRM), in whatever code it is and whether or not anyone still waits for it.
-A child that ended in any other way leaves the line "lost".
+It imports math-verify once and forks a child for every question ([response, gold, seconds]), which takes 3 ms. So no answer
+can wear out or slow down the judging of the next one, and a lost child costs nothing. The child's verdict is its exit code.
+The kernel ends the child at its deadline (SIGALRM), in whatever code it is and whether or not anyone still waits for it. For
+a child that ended in any other way the line is "lost".
 """
 
 import gc
@@ -23,7 +24,7 @@ from typing import Any
 from cppo.rewards import boxes
 
 VERDICTS = {10: 0.0, 11: 1.0, 12: None}
-"""Exit code of a child -> what it found; other codes are an interpreter's that failed."""
+"""Exit code of a child -> its verdict. Other codes are those of an interpreter that failed."""
 WARM_UP = [
     r"\frac{1}{2}",
     r"0.5",
@@ -44,7 +45,7 @@ WARM_UP = [
     r"50\%",
     r"30^\circ",
 ]
-"""Answers of the usual kinds: the parser builds its tables as it goes, and children start with those of the parent."""
+"""Typical answers, judged once at start-up: the parser fills its tables lazily, and forked children inherit filled ones."""
 
 
 def judge() -> Callable[[str, str], float | None]:
@@ -54,7 +55,7 @@ def judge() -> Callable[[str, str], float | None]:
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
     def verdict(response: str, gold: str) -> float | None:
-        # No time limit here: math-verify's own takes whole seconds, and cannot interrupt a multiplication.
+        # There is no time limit here: math-verify's own takes whole seconds, and cannot interrupt a multiplication.
         parsed = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
         understood = any(not isinstance(value, str) for value in parsed)
         fallback = "no_fallback" if understood else "first_match"
@@ -63,21 +64,21 @@ def judge() -> Callable[[str, str], float | None]:
             answer = parse(text, extraction_config=config, parsing_timeout=None, fallback_mode=fallback)
             return bool(verify(parsed, answer, timeout_seconds=None))
 
-        # Where a box says nothing, math-verify goes on to other formulas of the response: boxes alone must do.
-        found = boxes(response)
-        if len(found) == 1:
-            correct = right(found[0])
+        # Where a box says nothing, math-verify reads other formulas of the response. The boxes alone must be right.
+        boxed = boxes(response)
+        if len(boxed) == 1:
+            correct = right(boxed[0])
         else:
-            correct = right(response) and (right(found[-1]) or right("".join(found)))
+            correct = right(response) and (right(boxed[-1]) or right("".join(boxed)))
         if not correct and not understood:
-            return None  # a gold answer that is no mathematics is only compared as text
+            return None  # a gold answer that is not mathematics is only compared as text
         return float(correct)
 
     return verdict
 
 
 class Exhaustion:
-    """Notices every MemoryError and RecursionError inside, also those that a library catches and takes for "not equal"."""
+    """Notices every MemoryError and RecursionError within, also those that a library catches and takes for "not equal"."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -87,7 +88,7 @@ class Exhaustion:
         return self
 
     def __exit__(self, *ignored: object) -> None:
-        # A tracer that itself runs out of something is switched off by Python.
+        # Python switches off a tracer that itself runs out of memory or stack.
         self.seen = self.seen or sys.gettrace() is None
         sys.settrace(None)
 
@@ -99,24 +100,24 @@ class Exhaustion:
 
 
 def answer(verdict: Callable[[str, str], float | None], response: str, gold: str) -> float | None:
-    """The verdict; None too where "wrong" only means that memory or stack ran out on the way."""
+    """The verdict; None also where "wrong" only means that memory or stack ran out on the way."""
     try:
-        found = verdict(response, gold)
-        if found == 0.0:
+        value = verdict(response, gold)
+        if value == 0.0:
             with Exhaustion() as exhaustion:
-                found = verdict(response, gold)
+                value = verdict(response, gold)
             if exhaustion.seen:
                 return None
     except (MemoryError, RecursionError):
         return None
-    return found
+    return value
 
 
 HARMLESS = re.compile(
     rb"from sympy import \*|(?:Integer|Float) ?\('?[\d.]*'? ?\)"
     rb"|def monomial_[a-z]+\([ABk, ]+\):\n(?:return|else|if|None|[\s\d(),+*<>=:-]|[abrABk])*+"
 )
-"""All that sympy hands to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
+"""All that sympy gives to Python's `eval` and `exec` for an ordinary answer: its numbers, and products it writes itself."""
 FORBIDDEN = tuple(
     [
         "os.exec",
@@ -147,7 +148,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def guard(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook of a child: ends it before any text is compiled as Python, and at whatever only such text could do."""
+    """Audit hook of a child: ends it before any text is compiled as Python, and at every event that only such text causes."""
     if event == "compile":
         source, name = arguments
         text = source.encode("utf-8", "replace") if isinstance(source, str) else source
@@ -167,13 +168,13 @@ def in_a_child(verdict: Callable[[str, str], float | None], question: list[Any],
     if child == 0:
         code = 1
         try:
-            os.closerange(0, 3)  # whatever happens, it can write to nobody
+            os.closerange(0, 3)  # whatever happens, it cannot write to anyone
             signal.setitimer(signal.ITIMER_REAL, seconds)
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             sys.addaudithook(guard)
-            found = answer(verdict, response, gold)
-            code = next(code for code, value in VERDICTS.items() if value == found)
+            value = answer(verdict, response, gold)
+            code = next(code for code, known in VERDICTS.items() if known == value)
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -184,7 +185,7 @@ def main() -> None:
     memory = int(sys.argv[1])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # sent to a whole group; the trainer still needs verdicts to end well
+        signal.signal(number, signal.SIG_IGN)  # these reach the whole group, and the trainer needs verdicts to end well
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True  # a child may import, and must not write
     sys.set_int_max_str_digits(0)  # a long number is a number; its cost is bounded by the deadline
@@ -193,7 +194,7 @@ def main() -> None:
         verdict(rf"\boxed{{{text}}}", text)
         verdict(rf"\boxed{{{text}}}", "7")
     gc.collect()
-    gc.freeze()  # or the children's garbage collection would copy every page
+    gc.freeze()  # otherwise the children's garbage collection would copy every page
     code = in_a_child(verdict, [r"\boxed{14/2}", "7", 60.0], memory)
     if VERDICTS.get(code) != 1.0:
         sys.exit(f"14/2 = 7 was not judged right within {memory} bytes of memory (exit code {code})")

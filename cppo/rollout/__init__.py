@@ -1,1 +1,1 @@
-"""Rollouts: one protocol for what samples responses, and the engines that do."""
+"""Rollouts: the protocol of an engine, which samples responses, and the engines."""

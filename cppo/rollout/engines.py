@@ -1,7 +1,8 @@
 """Rollout engines by name. A new engine is one module with a class, and one entry in `ENGINES`.
 
-Its class implements `cppo.rollout.types.Engine` and is constructed as `Class(checkpoint, policy, scale)`: the folder of the
-weights to begin with, the policy beside which it trains (None = it is alone on its GPU), and the setting's `scale`.
+The class implements the protocol `cppo.rollout.types.Engine`. It is started as `Class.start(checkpoint, policy, scale)`: the
+folder of the weights to begin with, the policy beside which it samples in training (None = it has its GPU to itself), and the
+setting's `scale`.
 """
 
 from dataclasses import dataclass
@@ -9,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What is known of an engine before it is imported."""
+    """Facts about an engine that are known before it is imported."""
 
     module: str
-    """Where its class is. It is imported only where a run asks for the engine, because its packages may be missing."""
+    """The module of its class. It is imported only where a run asks for the engine, because its packages may be missing."""
     name: str
-    """The class."""
+    """The name of the class."""
     full: bool
     """Whether it can record whole distributions of mu."""
     install: str
-    """How to install its packages."""
+    """How to install the engine's packages, as text for an error."""
 
 
 ENGINES = {

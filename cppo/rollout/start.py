@@ -11,9 +11,9 @@ from cppo.suite.config import Scale
 
 
 def start_engine(scale: Scale | None, checkpoint: str | Path, policy: PreTrainedModel | None = None) -> Engine:
-    """The engine of `scale.engine` with the checkpoint's weights; in training beside `policy`, else alone on its GPU.
+    """The engine of `scale.engine` with the checkpoint's weights, beside `policy` in training, otherwise with a GPU to itself.
 
-    Raises ValueError when the engine's packages are not installed, or it does not start.
+    Raises ValueError when the engine's packages are not installed, or when it does not start.
     """
     spec = ENGINES[Scale().engine if scale is None else scale.engine]
     try:

@@ -1,8 +1,8 @@
-"""Rollout engine on transformers' own layers: a KV-cache loop that runs on any device.
+"""Rollout engine on transformers' own layers: a loop with a cache of keys and values that runs on any device.
 
-What makes it fast at small size: a preallocated cache, prompts grouped by equal length (so no padding and no attention
-mask), every distinct prompt prefilled once, finished rows dropped, and log-probabilities taken from the sampling logits
-instead of a second forward pass.
+Five things make it fast at small size. The cache is preallocated. Prompts are grouped by equal length, so that there is no
+padding and no attention mask. Every distinct prompt is prefilled once. Finished rows are dropped. Log-probabilities are
+taken from the sampling logits instead of a second forward pass.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from cppo.rollout.sampling import end_tokens, sample
 from cppo.rollout.types import SAMPLED_ONLY, Policy, Record, Rollouts
 from cppo.suite.config import Scale
 
-# Rows are dropped from the cache once so many are finished: each drop copies the cache.
 DROP_BELOW = 0.75
+"""Finished rows are dropped from the cache when a smaller share than this is active: each drop copies the cache."""
 
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -51,7 +51,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) these rows."""
+        """Keep these rows, in this order; a row may be repeated."""
         assert self.keys is not None and self.values is not None
         self.keys = self.keys.index_select(0, rows)
         self.values = self.values.index_select(0, rows)
@@ -67,7 +67,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class TorchEngine:
-    """Samples from a model in this process; it sees the model's current weights, so nothing is synchronised."""
+    """Samples from a model in this process. It sees the model's current weights, so nothing is synchronised."""
 
     separate = False
 
@@ -81,13 +81,13 @@ class TorchEngine:
         return cls(load_pretrained(checkpoint).to(device_of(scale)) if policy is None else policy)
 
     def sync(self, policy: Policy) -> None:
-        """Nothing to do: it samples from the policy itself."""
+        """Do nothing: it samples from the policy itself."""
 
     def sleep(self) -> None:
-        """Nothing to do: it holds no memory between rollouts."""
+        """Do nothing: it holds no memory between rollouts."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing: it started no process."""
 
     @torch.no_grad()
     def generate(
@@ -98,7 +98,7 @@ class TorchEngine:
         top_p: float = 1.0,
         record: Record = SAMPLED_ONLY,
     ) -> Rollouts:
-        """See `cppo.rollout.types.Engine`. Works on the model's device; the responses come back in main memory."""
+        """See `cppo.rollout.types.Engine`. It works on the model's device; the responses come back in main memory."""
         rows, width = uniforms.shape
         device = self.model.device
         assert rows == len(prompts)
@@ -110,8 +110,8 @@ class TorchEngine:
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
         for group in by_length.values():
-            places = torch.tensor(group, device=device)
-            self._decode([tuple(prompts[i]) for i in group], places, uniforms, temperature, top_p, out)
+            group_rows = torch.tensor(group, device=device)
+            self._decode([tuple(prompts[i]) for i in group], group_rows, uniforms, temperature, top_p, out)
         self.model.train(training)
         return out.rollouts(tuple(tuple(p) for p in prompts)).to("cpu")
 
@@ -126,12 +126,12 @@ class TorchEngine:
     ) -> None:
         """Sample the responses of prompts of one length into `out` at `rows`."""
         distinct = list(dict.fromkeys(prompts))
-        where = {prompt: i for i, prompt in enumerate(distinct)}
+        place = {prompt: i for i, prompt in enumerate(distinct)}
         capacity = len(prompts[0]) + uniforms.shape[1]
         layers = [PreallocatedLayer(capacity) for _ in range(self.model.config.num_hidden_layers)]
         cache = Cache(layers=layers)
         logits = self._forward(torch.tensor(distinct, device=rows.device), cache)
-        copies = torch.tensor([where[prompt] for prompt in prompts], device=rows.device)
+        copies = torch.tensor([place[prompt] for prompt in prompts], device=rows.device)
         logits = logits[copies]
         for layer in layers:
             layer.select(copies)
@@ -154,9 +154,8 @@ class TorchEngine:
         """Logits [B, V] after the last of these tokens."""
         hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # float32, as the trainer's (see `TokenLogprobsFunction`)
+        # Logits are float32, as the trainer's are (see `TokenLogprobsFunction`).
+        with torch.autocast(hidden.device.type, enabled=False):
             return torch.nn.functional.linear(hidden[:, -1].float(), head.float())
 
 
@@ -187,7 +186,7 @@ class _Output:
             self.logp_all[rows, t] = logp
 
     def rollouts(self, prompts: tuple[tuple[int, ...], ...]) -> Rollouts:
-        """The finished batch, trimmed to its longest response."""
+        """The finished rollouts, trimmed to the longest response."""
         longest = int(self.mask.sum(-1).max())
         last = self.responses.gather(1, (self.mask.sum(-1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
         parts = (self.responses, self.mask, self.logp, self.topk_ids, self.topk_logp, self.logp_all)

@@ -18,9 +18,9 @@ class Record:
     """What a rollout keeps of mu besides the sampled token's log-probability."""
 
     top_k: int = 0
-    """K likeliest tokens of each position with their log-probabilities; 0 = none."""
+    """K: the likeliest tokens of each position are kept with their log-probabilities; 0 = none."""
     full: bool = False
-    """The whole distribution (small vocabularies only)."""
+    """Whether the whole distribution is kept (small vocabularies only)."""
 
 
 SAMPLED_ONLY = Record()
@@ -34,9 +34,9 @@ class Rollouts:
     prompts: tuple[tuple[int, ...], ...]
     """B prompts as token ids."""
     responses: Tensor
-    """[B, T] int64 token ids; the end-of-sequence token belongs to the response."""
+    """[B, T] int64 token ids. The end-of-sequence token belongs to the response."""
     mask: Tensor
-    """[B, T] bool: sampled tokens."""
+    """[B, T] bool: the tokens that are trained. A row may have holes: tokens that were not sampled, such as a tool's."""
     truncated: Tensor
     """[B] bool: reached the longest length without an end-of-sequence token."""
     logp: Tensor
@@ -44,13 +44,13 @@ class Rollouts:
     topk_ids: Tensor | None = None
     """[B, T, K] int32, likeliest first."""
     topk_logp: Tensor | None = None
-    """[B, T, K]."""
+    """[B, T, K] their log-probabilities."""
     logp_all: Tensor | None = None
-    """[B, T, V]."""
+    """[B, T, V] log-probabilities of the whole vocabulary."""
 
     @property
     def lengths(self) -> Tensor:
-        """[B] numbers of trained tokens."""
+        """[B] the number of trained tokens of each response."""
         return self.mask.sum(-1)
 
     def token_lists(self) -> list[list[int]]:
@@ -78,21 +78,21 @@ class Rollouts:
         )
 
     def to(self, device: torch.device | str) -> "Rollouts":
-        """The same on another device."""
+        """The same rollouts on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
         return replace(self, **moved)
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """All rows of all parts, padded to the longest."""
+    """All rows of all parts, padded to the longest response."""
     width = max(part.responses.shape[1] for part in parts)
 
     def stack(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
             return None
-        return torch.cat([widen(value, width) for value in values])
+        return torch.cat([widen(tensor, width) for tensor in tensors])
 
     responses, mask, logp = stack("responses"), stack("mask"), stack("logp")
     assert responses is not None and mask is not None and logp is not None
@@ -109,35 +109,35 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
 
 
 def widen(x: Tensor, width: int) -> Tensor:
-    """x [B, T, ...] with zeros (False) up to `width` columns."""
+    """x [B, T, ...], filled with zeros (False) up to `width` columns."""
     return torch.cat([x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])], 1)
 
 
 class EngineDied(ValueError):
-    """An engine's process is gone."""
+    """The process of an engine has ended."""
 
 
 class Policy(Protocol):
-    """The policy in training, as an engine sees it when it takes over its weights."""
+    """The policy in training, as an engine sees it when the engine takes over the policy's weights."""
 
     module: PreTrainedModel
     accelerator: Accelerator
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole tensors on the CPU of the main process, nothing on others; every rank must call it."""
+        """Whole tensors on the CPU of the main process, nothing on the other ranks. Every rank must call it."""
         ...
 
 
 class Engine(Protocol):
-    """Samples responses; in training one on every rank, for the rank's own prompts."""
+    """Samples responses. In training every rank has an engine, for the rank's own prompts."""
 
     separate: bool
-    """Whether it has weights of its own, which `sync` brings and which are compared with the trainer's in every iteration;
-    else the caller sees to it that the policy's are whole."""
+    """Whether it has weights of its own. `sync` brings them, and the trainer compares the engine's log-probabilities with its
+    own in every iteration. An engine that is not separate samples from the policy, whose parameters the caller gathers."""
 
     @classmethod
     def start(cls, checkpoint: str | Path, policy: PreTrainedModel | None, scale: Scale | None) -> Self:
-        """The engine with a checkpoint's weights; in training beside `policy`, else alone on its GPU.
+        """The engine with a checkpoint's weights, beside `policy` in training, otherwise with a GPU to itself.
 
         Raises ValueError when it does not start.
         """
@@ -154,13 +154,13 @@ class Engine(Protocol):
         """One response per prompt, of at most T tokens.
 
         uniforms: [B, T] in [0, 1), the sampling noise of each row and position, or what it is seeded from.
-        top_p: sample from the smallest set of tokens with at least this probability; the recorded log-probabilities
-        are those before this cut, NaN where an engine does not know them.
+        top_p: sample from the smallest set of tokens with at least this probability. The recorded log-probabilities
+        are those before this cut, or NaN where an engine does not know them.
         """
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Sample from the policy's present weights from now on; every rank must call it."""
+        """Sample from the policy's present weights from now on. Every rank must call it."""
         ...
 
     def sleep(self) -> None:
@@ -168,5 +168,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End what runs outside this process."""
+        """End the processes that the engine started."""
         ...

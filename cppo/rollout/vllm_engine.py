@@ -3,14 +3,11 @@
 Differences from the torch engine:
 
 1. It has its own copy of the weights: `sync` writes the policy as a checkpoint, and vLLM reads it. On a CPU vLLM reports
-   success but is wrong for tied embeddings and mixtures of experts, so what it samples is compared with the trainer's
-   log-probabilities (`cppo.training.batches.BatchBuilder.mismatch`).
+   success but is wrong for tied embeddings and mixtures of experts. So the log-probabilities of its samples are compared with
+   the trainer's (`cppo.training.batches.BatchBuilder.mismatch`).
 2. Each row has a seed, a hash of its first uniforms; the noise within a row is vLLM's. Equal prompts share their keys and
-   values through the prefix cache, so that a row's seed is its own, whatever samples beside it.
-3. With top_p < 1 vLLM knows log-probabilities after the cut only: they are NaN then.
-
-The first positions of `uniforms` seed a row, so two draws that agree in all of them would be equal: at 24 bits a position
-that does not happen.
+   values through the prefix cache, so that a row's seed is its own, whatever is sampled beside it.
+3. With top_p < 1 vLLM knows log-probabilities after the cut only. They are NaN then.
 """
 
 import hashlib
@@ -42,9 +39,10 @@ from cppo.suite.config import Scale
 STANDALONE_MEMORY = 0.9
 """Share of a GPU's memory for an engine that no training shares it with."""
 SEED_POSITIONS = 8
-"""Positions of a row's noise that make its seed."""
+"""Positions of a row's noise that make its seed. Two rows that agree in all of them would get the same response. Each position
+has 24 random bits, so with 8 of them (192 bits, more than the seed's 63) that does not happen."""
 CPU_CACHE_BYTES = 2**30
-"""Bytes of keys and values on a CPU, which is for tests."""
+"""Bytes of keys and values on a CPU, where vLLM is for tests only."""
 SHUTDOWN_SECONDS = 30.0
 """Seconds after which vLLM's processes are killed if they have not ended by themselves."""
 
@@ -52,8 +50,8 @@ SHUTDOWN_SECONDS = 30.0
 class VllmEngine:
     """Samples from a checkpoint, or after `sync` from the policy's weights.
 
-    gpus: of its own, the last visible ones, a share of them for each training process; 0 = the trainer's GPU, which it
-    leaves between `sleep` and `sync`. memory: share of a GPU's memory. On a CPU neither counts.
+    gpus: how many GPUs are the engine's own, the last visible ones, of which each training process gets an equal share; 0 = it
+    uses the trainer's GPU, which it leaves between `sleep` and `sync`. memory: share of a GPU's memory. A CPU needs neither.
     Raises ValueError when vLLM does not start.
     """
 
@@ -62,7 +60,7 @@ class VllmEngine:
     def __init__(
         self, checkpoint: str | Path, precision: Literal["float32", "bfloat16"], memory: float, gpus: int = 0
     ) -> None:
-        disable_progress_bar()  # a line for every written checkpoint, so for every rollout
+        disable_progress_bar()  # it would print a line for every written checkpoint, so for every rollout
         on_gpu = torch.cuda.is_available()
         devices = _devices(gpus) if on_gpu else []
         self.sleeps, self.asleep = on_gpu and gpus == 0, False
@@ -77,7 +75,7 @@ class VllmEngine:
             if on_gpu
             else {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
         )
-        others = multiprocessing.active_children()
+        before = multiprocessing.active_children()
         try:
             with _processes_see(devices):
                 self.llm = LLM(
@@ -95,7 +93,7 @@ class VllmEngine:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{checkpoint}: vLLM did not start, its messages are above: {reason}") from error
-        self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        self.processes = [child for child in multiprocessing.active_children() if child not in before]
 
     def generate(
         self,
@@ -124,20 +122,20 @@ class VllmEngine:
                 top_p=top_p,
                 max_tokens=width,
                 stop_token_ids=list(self.ends),
-                ignore_eos=True,  # vLLM's own idea of it; ours is in stop_token_ids
+                ignore_eos=True,  # vLLM's own end token; the checkpoint's are in stop_token_ids
                 logprobs=record.top_k if top_p == 1 else None,
                 flat_logprobs=True,
                 detokenize=False,
             )
             for noise in uniforms
         ]
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        requests = self._call(self.llm.generate, asked, params, use_tqdm=False)
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        requests = self._call(self.llm.generate, inputs, params, use_tqdm=False)
         outputs = [request.outputs[0] for request in requests]
         return self._rollouts(tuple(tuple(p) for p in prompts), outputs, record.top_k)
 
     def _rollouts(self, prompts: tuple[tuple[int, ...], ...], outputs: list[Any], k: int) -> Rollouts:
-        """vLLM's lists as tensors."""
+        """vLLM's lists of tokens and log-probabilities as tensors."""
         rows, width = len(outputs), max(len(output.token_ids) for output in outputs)
         responses = torch.zeros(rows, width, dtype=torch.int64)
         mask = torch.zeros(rows, width, dtype=torch.bool)
@@ -198,9 +196,9 @@ class VllmEngine:
         self.folder.cleanup()
 
     def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """The result of one of vLLM's functions, or EngineDied.
+        """The result of one of vLLM's functions. Raises EngineDied when vLLM's process has ended.
 
-        In a thread: `LLM` waits forever for an answer of a process that was killed while it worked.
+        The call is made in a thread, because `LLM` waits forever for the answer of a process that was killed while it worked.
         """
         answer: Future[Any] = Future()
 
@@ -229,7 +227,7 @@ def row_seed(noise: Tensor) -> int:
 
 
 def _generation_config(checkpoint: Path) -> GenerationConfig:
-    """As transformers gives it to a loaded model: from its own file, or else from the model's configuration."""
+    """The configuration that transformers gives to a loaded model: from its own file, or else from the model's."""
     if (checkpoint / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False))
@@ -245,16 +243,16 @@ def _devices(gpus: int) -> list[str]:
     if gpus % processes or gpus + processes > len(visible):
         raise ValueError(
             f"scale.engine_gpus: {gpus} must be a multiple of the {processes} training processes, and with one GPU for each "
-            f"of these no more than the {len(visible)} GPUs here"
+            f"of these at most the {len(visible)} visible GPUs"
         )
     share = gpus // processes
-    own = visible[-gpus:]
-    return own[rank * share : (rank + 1) * share]
+    engines = visible[-gpus:]
+    return engines[rank * share : (rank + 1) * share]
 
 
 @contextmanager
 def _processes_see(devices: list[str]) -> Iterator[None]:
-    """Processes started in the block see these GPUs only; without any, nothing changes."""
+    """Processes that are started in the block see these GPUs only. For an empty list nothing changes."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     if devices:

@@ -105,6 +105,7 @@ def parse(kind: type[Parsed], raw: object, where: str) -> Parsed:
         raise ValueError(f"{where}: {one_line(': '.join(filter(None, ('.'.join(place), message))))}") from None
 
 
+OLDER = "older code made this folder: move it away and make it again"
 RENAMED = {
     old: f"is now called {new}"
     for old, new in {
@@ -112,8 +113,8 @@ RENAMED = {
         "by_setting": "params_by_setting",
         "lam": "gae_lambda",
         "steps": "sizes (of a task) or size (of a benchmark)",
-        "plan": "setting; the run was made by older code: train it again",
-        "label": "rule.name; the run was made by older code: train it again",
+        "plan": f"setting; {OLDER}",
+        "label": f"rule.name; {OLDER}",
         "vllm_gpus": "engine_gpus",
         "vllm_memory": "engine_memory",
         "vllm_tolerance": "engine_tolerance",

@@ -133,7 +133,7 @@ def suite_path(name: str) -> Path:
 
 def suite_name(name: str) -> str:
     """The name of a suite that is given by its name, its file or a folder of its tables."""
-    return Path(name).stem
+    return Path(name).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def load_suite(name: str | Path, added: tuple[str, ...] = ()) -> Suite:

@@ -1,4 +1,4 @@
-"""What may end a long job from outside, told apart from what is wrong with it: SIGTERM and too little memory."""
+"""External interruptions of a long job (SIGTERM, out of memory), reported separately from bugs."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 import torch
 
 TRY_AGAIN = 75
-"""Exit code of an interrupted job (EX_TEMPFAIL): its state is saved, the same command continues it."""
+"""Exit code of an interrupted job (EX_TEMPFAIL): its state is saved, and the same command continues it."""
 
 
 class Interrupted(Exception):
@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class Terminated:
-    """True once SIGTERM has come, within the block; outside it the signal does what it did before."""
+    """True once SIGTERM has come within the block. Outside the block the signal does what it did before."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -38,14 +38,14 @@ class Terminated:
 
 @contextmanager
 def enough_memory(folder: Path, iteration: int) -> Iterator[None]:
-    """Turn running out of memory, on an accelerator or the CPU, into a ValueError that says what to do."""
+    """Turn running out of memory, on an accelerator or on the CPU, into a ValueError that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # PyTorch's CPU allocator raises a plain RuntimeError; any other one is a bug and passes.
+        # PyTorch's CPU allocator raises a plain RuntimeError. Any other RuntimeError is a bug and passes.
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(
             f"{folder}: out of memory in iteration {iteration}; lower scale.micro_rows (or rollout.minibatch), or ask for "
-            "more memory, and start again: it continues from the last saved state"
+            "more memory, and start again: the run continues from the last saved state"
         ) from error

@@ -1,9 +1,10 @@
-"""One writer a run directory, on shared file systems too.
+"""One writer per run directory, on shared file systems too.
 
-The lock is the file LOCK in the directory: host, process and a random token, made with O_EXCL, its modification time
-renewed as a heartbeat. Ages are differences of two times of the same file system, so clocks of hosts need not agree. A lock
-is stale when its process is gone (same host) or its heartbeat stopped; then it is taken over. A process that finds that its
-lock was taken over (it was suspended for long) ends at once, as if killed: everything here survives that.
+The lock is the file LOCK in the directory. It holds the host, the process and a random token, and its modification time is
+renewed as a heartbeat. An age is the difference of two times of the same file system, so the clocks of hosts need not
+agree. A lock is stale when its process is gone (same host) or its heartbeat has stopped. A stale lock is taken over. A
+process that finds that its lock was taken over (it was suspended for long) ends at once, as if it were killed: everything
+in this package survives that.
 """
 
 import json
@@ -20,14 +21,14 @@ from cppo.system.files import writing
 from cppo.system.interrupts import TRY_AGAIN
 
 HEARTBEAT_SECONDS = 10.0
-"""Time between two renewals."""
+"""Seconds between two renewals."""
 STALE_SECONDS = 120.0
-"""Age of the last renewal from which a lock of another host is taken over."""
+"""Age in seconds of the last renewal from which a lock of another host is taken over."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the directory's lock for the block; the directory is made.
+    """Hold the directory's lock for the block. The directory is made where it is missing.
 
     Raises ValueError, one line with host, process and heartbeat, when another living process holds it.
     """
@@ -49,25 +50,25 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _create(path: Path, token: str) -> bool:
-    """Make the lock; False = there is one. It gets its name when it is whole, by a link, which fails where one exists."""
-    own = path.with_name(f"LOCK.{token}")
-    own.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}))
+    """Make the lock; False = there is one already. It gets its name when it is complete, by a link, which replaces nothing."""
+    complete = path.with_name(f"LOCK.{token}")
+    complete.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}))
     try:
-        os.link(own, path)
+        os.link(complete, path)
     except FileExistsError:
         return False
     finally:
-        own.unlink()
+        complete.unlink()
     return True
 
 
 def _owner(path: Path) -> dict[str, object]:
     """Host, process and token in the lock; empty when it is gone or unreadable."""
     try:
-        found = json.loads(path.read_text())
+        owner = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _take_over(path: Path, token: str) -> None:
@@ -75,15 +76,18 @@ def _take_over(path: Path, token: str) -> None:
     owner, age = _owner(path), _age(path, token)
     if age is None:
         return  # released meanwhile
-    here = owner.get("host") == socket.gethostname()
-    stale = age > STALE_SECONDS or (here and not _alive(owner.get("process")))
+    same_host = owner.get("host") == socket.gethostname()
+    stale = age > STALE_SECONDS or (same_host and not _alive(owner.get("process")))
     if not stale:
         raise ValueError(
             f"{path.parent}: process {owner.get('process')} on {owner.get('host')} is working on it (last heartbeat "
             f"{age:.0f} s ago); wait for it or stop it, and start again"
         )
-    print(f"{path}: taking over from process {owner.get('process')} on {owner.get('host')}, gone", file=sys.stderr)
-    # Two may do this at once: the rename moves one file, and who moved another's new lock puts it back.
+    print(
+        f"{path}: taking over from process {owner.get('process')} on {owner.get('host')}, which is gone",
+        file=sys.stderr,
+    )
+    # Two processes may do this at once. The rename moves one file only, and whoever moved another's new lock puts it back.
     moved = path.with_name(f"LOCK.{token}.stale")
     try:
         os.rename(path, moved)
@@ -107,7 +111,7 @@ def _age(path: Path, token: str) -> float | None:
 
 
 def _alive(process: object) -> bool:
-    """Whether a process of this host runs."""
+    """Whether a process with this id runs on this host."""
     if not isinstance(process, int):
         return False
     try:
@@ -120,7 +124,7 @@ def _alive(process: object) -> bool:
 
 
 def _beat(path: Path, token: str, stop: threading.Event) -> None:
-    """Renew the lock until told to stop; end the process when the lock is another's."""
+    """Renew the lock until told to stop. End the process when the lock is another's."""
     while not stop.wait(HEARTBEAT_SECONDS):
         if _owner(path).get("token") != token:
             print(f"{path}: taken over by another process while this one was suspended; it ends", file=sys.stderr)

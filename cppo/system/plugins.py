@@ -1,10 +1,12 @@
-"""Registries of functions by name or by import path, and the hash of a module of the user's own."""
+"""Registries of functions by name or by import path, and the hashes of the user's own modules."""
 
 import ast
 import hashlib
 import importlib
+import importlib.util
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -70,16 +72,44 @@ def _imported(module_name: str, what: str) -> object:
 
 
 def code_of(name: str) -> dict[str, str]:
-    """module -> hash of its code, for the module of an import path; nothing for a name of the package's own.
+    """module -> hash of its code, for the module of an import path and those of the user's own that it imports; nothing for a
+    name of the package's own.
 
     The hash is that of the syntax without comments and docstrings, so that editing those changes no run's id.
     """
     if ":" not in name:
         return {}
-    module_name = name.partition(":")[0]
-    path = getattr(sys.modules[module_name], "__file__", None)
-    assert path is not None  # `Registry.find` has imported it
-    return {module_name: syntax_hash(Path(path).read_text(encoding="utf-8"))}
+    hashes: dict[str, str] = {}
+    waiting = [name.partition(":")[0]]
+    while waiting:
+        module_name = waiting.pop()
+        file = getattr(sys.modules.get(module_name), "__file__", None)
+        if module_name in hashes or file is None or (hashes and not _is_own(module_name, Path(file))):
+            continue
+        source = Path(file).read_text(encoding="utf-8")
+        hashes[module_name] = syntax_hash(source)
+        waiting += _imports(source, sys.modules[module_name].__package__ or "")
+    return hashes
+
+
+def _is_own(module_name: str, file: Path) -> bool:
+    """Whether a module is the user's: neither this package's, nor Python's, nor an installed one."""
+    installed = {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(
+        sysconfig.get_path("stdlib")
+    )
+    return file.suffix == ".py" and not installed and module_name.partition(".")[0] != __name__.partition(".")[0]
+
+
+def _imports(source: str, package: str) -> list[str]:
+    """Names of the modules that Python source may import; some of them are names inside a module instead."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module_name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [module_name, *(f"{module_name}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def syntax_hash(source: str) -> str:
@@ -89,6 +119,6 @@ def syntax_hash(source: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             # A bare string is a docstring, or the sentence under a field.
-            kept = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
-            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+            statements = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+            node.body = statements or [ast.Pass()]  # type: ignore[attr-defined]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:10]

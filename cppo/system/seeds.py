@@ -1,6 +1,6 @@
 """Seeds named by the axes they depend on.
 
-`seed("rollout", setting, seed, iteration)` is a fixed number. No objective is ever an axis: all rules see the same
+`seed("rollout", setting, seed, iteration)` is a fixed number. A rule is never an axis: all rules see the same
 problems in the same order, start from the same weights and use the same sampling noise (common random numbers).
 """
 
@@ -33,5 +33,5 @@ def torch_generator(*axes: str | int) -> torch.Generator:
 
 
 def uniforms(rows: int, columns: int, *axes: str | int) -> Tensor:
-    """Sampling noise U [rows, columns] in [0, 1), float32, drawn up front so that it depends on nothing sampled."""
+    """Sampling noise U [rows, columns] in [0, 1), float32. It is drawn up front, so that it depends on nothing sampled."""
     return torch.rand(rows, columns, generator=torch_generator(*axes))

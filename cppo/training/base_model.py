@@ -1,6 +1,6 @@
 """A setting's base model, one for all its runs: a published checkpoint, or the outcome of a warm start.
 
-The warm start is supervised training that stops on sampled accuracy; its demonstrations are noisy on purpose (see
+The warm start is supervised training that stops at a sampled accuracy. Its demonstrations are noisy on purpose (see
 `cppo.tasks.noise`). A published checkpoint is linked, not copied.
 """
 
@@ -29,8 +29,8 @@ from cppo.tasks.types import GeneratedTask, Problem, Task, TextTask
 
 CHECK_RESPONSES = 256
 """Responses sampled in one measurement of the accuracy."""
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-"""What is fetched of a published checkpoint: configuration, weights, tokenizer; no code and no pickles."""
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""Files that are fetched of a published checkpoint: configuration, weights, tokenizer; no code and no pickles."""
 
 
 def make_base(config: BaseConfig, problems: tuple[Problem, ...], path: Path) -> None:
@@ -50,34 +50,34 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: RunFol
 
     Raises ValueError when the accuracy is not reached within `max_steps`.
     """
-    how, task, setting_name = config.setting.warm_start, config.setting.task, config.setting_name
-    assert how is not None and isinstance(config.setting.model, Model) and isinstance(task, GeneratedTask)
+    warm, task, setting_name = config.setting.warm_start, config.setting.task, config.setting_name
+    assert warm is not None and isinstance(config.setting.model, Model) and isinstance(task, GeneratedTask)
     tokenizer = create_tokenizer(task.vocabulary)
     model = create_model(config.setting.model, setting_name, len(task.vocabulary)).to(device_of(config.setting.scale))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=how.betas, weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, betas=warm.betas, weight_decay=warm.weight_decay)
     examples = task.demonstrations(setting_name)
     log: list[dict[str, float]] = []
-    bar = tqdm(range(1, how.max_steps + 1), desc=f"base {setting_name}", unit="step", mininterval=2)
+    bar = tqdm(range(1, warm.max_steps + 1), desc=f"base {setting_name}", unit="step", mininterval=2)
     with Judge() as judge:
         judge.start()
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, how.lr, how.warmup_steps, how.max_steps)
-            loss = _loss(model, tokenizer, task, list(itertools.islice(examples, how.batch)))
+                group["lr"] = _learning_rate(step, warm.lr, warm.warmup_steps, warm.max_steps)
+            loss = _loss(model, tokenizer, task, list(itertools.islice(examples, warm.batch)))
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), how.grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), warm.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-            if step % how.check_every == 0:
+            if step % warm.check_every == 0:
                 accuracy = sampled_accuracy(model, tokenizer, problems, config, judge)
                 log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
-                if accuracy >= how.target_accuracy:
+                if accuracy >= warm.target_accuracy:
                     break
         else:
             raise ValueError(
                 f"warm_start of setting {setting_name}: accuracy {log[-1]['accuracy'] if log else 0:.3f} after max_steps "
-                f"{how.max_steps} is below target_accuracy {how.target_accuracy}; raise max_steps or lower the target"
+                f"{warm.max_steps} is below target_accuracy {warm.target_accuracy}; raise max_steps or lower the target"
             )
     with folder.new_checkpoint(0) as checkpoint:
         save_pretrained(model, checkpoint, tokenizer)
@@ -89,8 +89,8 @@ def warm_start(config: BaseConfig, problems: tuple[Problem, ...], folder: RunFol
 def link_published(config: BaseConfig, problems: tuple[Problem, ...], folder: RunFolder) -> None:
     """Fetch or find the published checkpoint, check it, and link the folder's checkpoint 0 to it.
 
-    Beside config and provenance, source.json says what was linked, and DONE how many training problems are short enough.
-    Raises ValueError, one line, when it cannot be had or could not be trained on the task.
+    Beside configuration and provenance, source.json says what was linked, and DONE how many training problems are short enough.
+    Raises ValueError, one line, when it is not to be found, or could not be trained on the task.
     """
     model, task = config.setting.model, config.setting.task
     assert isinstance(model, Pretrained) and isinstance(task, TextTask)
@@ -100,7 +100,7 @@ def link_published(config: BaseConfig, problems: tuple[Problem, ...], folder: Ru
         source: dict[str, object] = {"sha256": {path.name: sha256(path) for path in files}}
     else:
         remedy = "with a copy at hand, name its folder as model: {name: /path/to/it}"
-        checkpoint = fetch(model.name, "model", model.revision, FILES, remedy)
+        checkpoint = fetch(model.name, "model", model.revision, CHECKPOINT_FILES, remedy)
         source = {"name": model.name, "revision": model.revision}
     longest = task.max_prompt_tokens + config.setting.rollout.max_response_tokens
     tokenizer = check_checkpoint(checkpoint, task, longest)
@@ -155,7 +155,7 @@ def _learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 def _loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, examples: list[tuple[str, str]]
 ) -> Tensor:
-    """Mean negative log-likelihood of the responses' tokens, end of sequence included."""
+    """Mean negative log-likelihood of the responses' tokens, the end token included, in nats."""
     prompts = [task.prompt_ids(tokenizer, question) for question, _ in examples]
     texts = [[*tokenizer(response).input_ids, EOS] for _, response in examples]
     lengths = torch.tensor([len(ids) for ids in texts])
@@ -174,12 +174,12 @@ def sampled_accuracy(
     config: BaseConfig,
     judge: Judge,
 ) -> float:
-    """Share of right answers at temperature 1, one response to each of the first training problems."""
+    """Share of right answers at temperature 1, from one response to each of the first `CHECK_RESPONSES` training problems."""
     task, tokens = config.setting.task, config.setting.rollout.max_response_tokens
-    asked = list(itertools.islice(itertools.cycle(problems), CHECK_RESPONSES))
-    prompts = [task.prompt_ids(tokenizer, p.question) for p in asked]
-    noise = uniforms(len(asked), tokens, "warm start check", config.setting_name)
+    checked = list(itertools.islice(itertools.cycle(problems), CHECK_RESPONSES))
+    prompts = [task.prompt_ids(tokenizer, p.question) for p in checked]
+    noise = uniforms(len(checked), tokens, "warm start check", config.setting_name)
     rollouts = TorchEngine(model).generate(prompts, noise, temperature=1.0)
     texts = tokenizer.batch_decode(rollouts.responses, skip_special_tokens=True)
-    verdicts = [task.verify(text, p, judge) for text, p in zip(texts, asked, strict=True)]
+    verdicts = [task.verify(text, p, judge) for text, p in zip(texts, checked, strict=True)]
     return sum(v == 1.0 for v in verdicts) / len(verdicts)

@@ -26,7 +26,7 @@ from cppo.training.critic import ValueModel
 from cppo.training.distributed import Learner, all_gather, largest_slice, rank_slice
 
 PROBED_ROWS = 16
-"""Responses of a rollout on which the engine's log-probabilities are compared with the trainer's."""
+"""Responses of a rollout on which the engine's log-probabilities are compared with the trainer's, on each rank."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class GradedRollouts:
     problems: tuple[Problem, ...]
     """B problems."""
     rollouts: Rollouts
-    """Log-probabilities are mu's as sampled; in a `Batch` the anchor's, which may be the recomputed old policy."""
+    """The responses, with mu's log-probabilities as sampled; in a `Batch` with the anchor's, which may be recomputed."""
     verdicts: Tensor
     """[B]: 1 right, 0 wrong, NaN without a verdict."""
     rewards: Tensor
-    """[B]: the verdict and any shaping, NaN without a verdict."""
+    """[B]: the verdict plus any shaping, NaN without a verdict."""
 
     def groups(self, keep: Tensor, group: int) -> "GradedRollouts":
         """The groups (prompts) at these indices."""
@@ -51,10 +51,10 @@ class GradedRollouts:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """b rows of a batch, trimmed after their last trained token, on the device where they are trained on."""
+    """b rows of a batch, trimmed after their last trained token, on the device of the update. Fields as in `Batch`."""
 
     rows: Tensor
-    """[b] their places in the batch."""
+    """[b] the places of the rows in the batch."""
     rollouts: Rollouts
     advantages: Tensor
     """[b, T]"""
@@ -72,7 +72,7 @@ class Batch(GradedRollouts):
     advantages: Tensor
     """[B, T]."""
     position: Tensor | None = None
-    """[B, T] shuffled positions; None = own order."""
+    """[B, T] shuffled positions; None = the tokens' own order."""
     values: Tensor | None = None
     """[B, T] the critic's values."""
     returns: Tensor | None = None
@@ -86,7 +86,7 @@ class Batch(GradedRollouts):
     def micro_batch(self, rows: Tensor, device: torch.device) -> MicroBatch:
         """These rows [b] on the device.
 
-        Without any, one fully masked row: every rank must run the same number of forward and backward passes.
+        If `rows` is empty, returns one fully masked row: every rank must run the same number of forward and backward passes.
         """
         rows, spare = (rows, False) if len(rows) else (torch.zeros(1, dtype=torch.int64), True)
         rollouts = self.rollouts.rows(rows)
@@ -102,7 +102,7 @@ class Batch(GradedRollouts):
         return MicroBatch(rows, rollouts.to(device), pick(self.advantages), judged, position, values, returns)
 
     def metrics(self, group: int) -> Metrics:
-        """What is known before the updates."""
+        """Metrics that are known before the updates. group: G."""
         rows, judged = float(len(self.rewards)), float((~self.rewards.isnan()).sum())
         return {
             "reward": (float(self.rewards.nansum()), judged),
@@ -129,58 +129,61 @@ class BatchBuilder:
     engine: Engine
 
     def rank_rows(self, first: int, prompts: int) -> Tensor:
-        """This rank's rows [b] of so many prompts from the first-th on: whole groups."""
+        """This rank's rows [b] among those of `prompts` prompts that begin at prompt number `first`: whole groups."""
         group = self.run.setting.rollout.responses
         share = rank_slice(self.policy.accelerator, prompts)
         return torch.arange((first + share.start) * group, (first + share.stop) * group)
 
     def micro_batches(self, rows: Tensor, prompts: int) -> list[Tensor]:
-        """A rank's rows of so many prompts, cut to `scale.micro_rows`; as many pieces on every rank, empty ones last."""
+        """A rank's rows of `prompts` prompts, cut into pieces of `scale.micro_rows`.
+
+        Every rank gets equally many pieces, of which the last ones may be empty.
+        """
         largest = largest_slice(self.policy.accelerator, prompts) * self.run.setting.rollout.responses
         size = (self.run.setting.scale or Scale()).micro_rows or largest
         return [rows[start : start + size] for start in range(0, largest, size)]
 
     def sample(self, iteration: int, attempt: int = 0) -> GradedRollouts:
-        """P prompts, each G times, with their responses and verdicts.
+        """One rollout: P prompts, each G times, with their responses and verdicts.
 
         attempt: 0 for the iteration's own rollout, from 1 on for those that replace prompts of zero variance.
         """
         run, rollout, task = self.run, self.run.setting.rollout, self.run.setting.task
-        # Every iteration owns as many draws as it may need, so that a replacement never repeats another iteration's
-        # prompts or noise.
+        # Draws are numbered over all iterations. Each has as many numbers as it may need, so that a replacement never
+        # repeats another iteration's prompts or noise.
         draw = (iteration - 1) * (1 + rollout.resample) + attempt
         order = problem_order(len(self.problems), rollout.prompts, draw, run.setting_name, run.seed)
-        asked = tuple(self.problems[i] for i in order for _ in range(rollout.responses))
-        prompts = [task.prompt_ids(self.tokenizer, p.question) for p in asked]
-        noise = uniforms(len(asked), rollout.max_response_tokens, "rollout", run.setting_name, run.seed, draw)
+        problems = tuple(self.problems[i] for i in order for _ in range(rollout.responses))
+        prompts = [task.prompt_ids(self.tokenizer, p.question) for p in problems]
+        noise = uniforms(len(problems), rollout.max_response_tokens, "rollout", run.setting_name, run.seed, draw)
         record, rows = recorded(run.rule.divergence), self.rank_rows(0, rollout.prompts)
-        own_prompts = [prompts[i] for i in rows.tolist()]
+        rank_prompts = [prompts[i] for i in rows.tolist()]
 
         def generate() -> Rollouts | None:
-            if not own_prompts:
+            if not rank_prompts:
                 return None  # fewer prompts than ranks
-            return self.engine.generate(own_prompts, noise[rows], rollout.temperature, record=record)
+            return self.engine.generate(rank_prompts, noise[rows], rollout.temperature, record=record)
 
         with self.clock.timed("rollout"):
-            mine = generate() if self.engine.separate else self.policy.with_full_parameters(lambda _: generate())
+            sampled = generate() if self.engine.separate else self.policy.with_full_parameters(lambda _: generate())
         with self.clock.timed("reward"):
-            texts = self.tokenizer.batch_decode(mine.token_lists(), skip_special_tokens=True) if mine else []
-            graded = [task.verify(text, asked[i], self.judge) for text, i in zip(texts, rows.tolist(), strict=True)]
-            everyone = all_gather((mine, graded))
-        rollouts = concatenate([theirs for theirs, _ in everyone if theirs is not None])
-        verdicts = torch.tensor([math.nan if v is None else v for _, theirs in everyone for v in theirs])
+            texts = self.tokenizer.batch_decode(sampled.token_lists(), skip_special_tokens=True) if sampled else []
+            graded = [task.verify(text, problems[i], self.judge) for text, i in zip(texts, rows.tolist(), strict=True)]
+            ranks = all_gather((sampled, graded))
+        rollouts = concatenate([of_rank for of_rank, _ in ranks if of_rank is not None])
+        verdicts = torch.tensor([math.nan if v is None else v for _, of_rank in ranks for v in of_rank])
         rewards = verdicts
         if rollout.overlong_buffer:
             lengths = rollouts.lengths.tolist()
             limits = (rollout.max_response_tokens, rollout.overlong_buffer)
             rewards = verdicts + torch.tensor([overlong_penalty(length, *limits) for length in lengths])
-        return GradedRollouts(asked, rollouts, verdicts, rewards)
+        return GradedRollouts(problems, rollouts, verdicts, rewards)
 
     def collect(self, iteration: int) -> GradedRollouts:
         """The iteration's rollout. With `resample`, prompts of zero variance are replaced by later ones while any are left.
 
-        Minibatches are cut from the result in its order: informative prompts first, then the remaining ones of zero
-        variance, then the replacements.
+        Minibatches are cut from the result in its order, so the order is part of a run's numbers. Each replacement puts the
+        prompts with variance first, then the remaining ones of zero variance, then the new ones.
         """
         rollout = self.run.setting.rollout
         with self.clock.timed("sync"):
@@ -190,9 +193,9 @@ class BatchBuilder:
             flat = advantages.zero_variance(graded.rewards, rollout.responses)[:: rollout.responses]
             if not bool(flat.any()):
                 break
-            more = self.sample(iteration, attempt)
-            useful = ~advantages.zero_variance(more.rewards, rollout.responses)[:: rollout.responses]
-            new = more.groups(useful.nonzero().squeeze(1)[: int(flat.sum())], rollout.responses)
+            later = self.sample(iteration, attempt)
+            useful = ~advantages.zero_variance(later.rewards, rollout.responses)[:: rollout.responses]
+            new = later.groups(useful.nonzero().squeeze(1)[: int(flat.sum())], rollout.responses)
             old = torch.cat([(~flat).nonzero(), flat.nonzero()]).squeeze(1)
             kept = graded.groups(old[: rollout.prompts - len(new.rewards) // rollout.responses], rollout.responses)
             graded = GradedRollouts(
@@ -206,12 +209,12 @@ class BatchBuilder:
         return graded
 
     def mismatch(self, rollouts: Rollouts) -> Metrics:
-        """What separates a separate engine's log-probabilities from the trainer's, on some of this rank's rows before any
-        update of them. Nothing for an engine that has the trainer's own weights.
+        """How far a separate engine's log-probabilities are from the trainer's, on some of this rank's rows before any update.
+        Empty for an engine that samples from the policy itself.
 
         The very responses that are trained on are compared, so whatever goes wrong on the way is seen: weights that did not
-        arrive, old keys and values, another temperature.
-        Raises ValueError when the 99% quantile is above `scale.engine_tolerance`.
+        arrive, keys and values of old weights, another temperature.
+        Raises ValueError when the 99% quantile of the difference is above `scale.engine_tolerance`.
         """
         if not self.engine.separate:
             return {}
@@ -229,16 +232,16 @@ class BatchBuilder:
             return {}
         metrics = mismatch_metrics(now.logp, part.logp, part.mask)
         error, _ = metrics["mismatch_logp/q99"]
-        if not error <= scale.tolerance:  # NaN is no agreement
+        if not error <= scale.tolerance:  # NaN does not agree
             raise ValueError(
                 f"scale.engine {scale.engine}: its log-probabilities are not the trainer's: 99% quantile of the difference "
-                f"{error:.2g}, allowed {scale.tolerance:g}; on a CPU vLLM takes over weights of dense untied models only: "
-                "take engine torch"
+                f"{error:.2g}, allowed {scale.tolerance:g}: the weights did not arrive, or the engine computes another model "
+                "(on a CPU vLLM is right for dense untied models only); take engine torch"
             )
         return metrics
 
     def batch(self, iteration: int, graded: GradedRollouts) -> Batch:
-        """Anchor and advantages of a graded rollout."""
+        """The graded rollout with its anchor and advantages."""
         run, rewards = self.run, graded.rewards
         rollouts, weight = self.with_anchor(graded.rollouts)
         mask, critic = rollouts.mask, run.setting.critic
@@ -246,8 +249,8 @@ class BatchBuilder:
         if "position" in self.rule.needs:
             position = shuffled_positions(mask, run.setting_name, run.seed, iteration)
         if self.critic is not None:
-            (seen,) = self.map_rows(self.critic, rollouts, lambda model, x: (model(x.prompts, x.responses),))
-            values = torch.where(mask, seen, 0)
+            (predicted,) = self.map_rows(self.critic, rollouts, lambda model, x: (model(x.prompts, x.responses),))
+            values = torch.where(mask, predicted, 0)
         outcomes = advantages.Outcomes(
             rewards, mask, run.setting.rollout.responses, values, critic.gamma, critic.gae_lambda
         )
@@ -257,17 +260,17 @@ class BatchBuilder:
         return Batch(graded.problems, rollouts, graded.verdicts, rewards, estimated, position, values, returns)
 
     def with_anchor(self, rollouts: Rollouts) -> tuple[Rollouts, Tensor | None]:
-        """The rollout with the anchor's log-probabilities, and anchor decoupled's truncated weight [B, T]."""
+        """The rollout with the anchor's log-probabilities, and for anchor decoupled the truncated weight [B, T]."""
         rule, temperature = self.run.rule, self.run.setting.rollout.temperature
         if rule.anchor == "rollout":
             return rollouts, None
         record = recorded(rule.divergence)
 
-        def again(model: PreTrainedModel, part: Rollouts) -> TokenLogprobs:
+        def recompute(model: PreTrainedModel, part: Rollouts) -> TokenLogprobs:
             options: dict[str, Any] = {"top_k": record.top_k, "full": record.full}
             return token_logprobs(model, part.prompts, part.responses, part.mask, temperature, **options)
 
-        old = TokenLogprobs(*self.map_rows(self.policy, rollouts, again))
+        old = TokenLogprobs(*self.map_rows(self.policy, rollouts, recompute))
         new = replace(rollouts, logp=old.logp, topk_ids=old.topk_ids, topk_logp=old.topk_logp, logp_all=old.logp_all)
         if rule.anchor == "recomputed":
             return new, None
@@ -279,7 +282,7 @@ class BatchBuilder:
         rollouts: Rollouts,
         function: Callable[[Any, Rollouts], tuple[Tensor | None, ...]],
     ) -> tuple[Any, ...]:
-        """function(module, rows) without gradient on each rank's own rows, joined: tensors [B, T, ...] or None."""
+        """function(module, rows) without gradient on each rank's rows, joined over ranks: tensors [B, T, ...] or None."""
         prompts = len(rollouts.prompts) // self.run.setting.rollout.responses
         pieces = [rows for rows in self.micro_batches(self.rank_rows(0, prompts), prompts) if len(rows)]
         device = learner.accelerator.device
@@ -289,7 +292,7 @@ class BatchBuilder:
             return [tuple(None if x is None else x.to("cpu") for x in columns) for columns in results]
 
         gathered = all_gather(learner.with_full_parameters(work))
-        columns = zip(*(piece for theirs in gathered for piece in theirs), strict=True)
+        columns = zip(*(piece for of_rank in gathered for piece in of_rank), strict=True)
         width = rollouts.mask.shape[1]
         return tuple(None if c[0] is None else torch.cat([widen(x, width) for x in c]) for c in columns)
 
@@ -306,7 +309,7 @@ def problem_order(count: int, prompts: int, draw: int, setting_name: str, seed: 
 
 
 def shuffled_positions(mask: Tensor, setting_name: str, seed: int, iteration: int) -> Tensor:
-    """A random permutation of 1..T_i for the trained tokens of each row [B, T]; kept over the rollout's updates."""
+    """A random permutation of 1..T_i for the trained tokens of each row [B, T]. It is kept over the rollout's updates."""
     noise = uniforms(*mask.shape, "shuffle", setting_name, seed, iteration)
     order = torch.where(mask, noise, torch.inf).argsort(-1)
     return order.argsort(-1) + 1
@@ -322,8 +325,8 @@ def recorded(divergence: Divergence | None) -> Record:
 
 
 def estimate(divergence: Divergence, now: TokenLogprobs, part: Rollouts) -> Tensor:
-    """D_t [b, T] of a rule's divergence, from what the rollout recorded."""
-    seen = divergences.Recorded(
+    """The token divergence D_t [b, T] of a rule, from what the rollout recorded."""
+    recorded_tokens = divergences.Recorded(
         tokens=part.responses,
         logp=now.logp,
         rollout_logp=part.logp,
@@ -334,4 +337,4 @@ def estimate(divergence: Divergence, now: TokenLogprobs, part: Rollouts) -> Tens
         rollout_logp_all=part.logp_all,
     )
     options = {} if divergence.support is None else {"support": divergence.support}
-    return divergences.estimator(divergence.estimator)(seen, divergence.kind, **options)
+    return divergences.estimator(divergence.estimator)(recorded_tokens, divergence.kind, **options)

@@ -27,16 +27,17 @@ def train(
     """Train `run` from the base model's checkpoint folder `base`, or continue it, until its folder `path` says DONE.
 
     Called in each of the processes that a launcher started, it trains in all of them together. trackers: names of
-    `Suite.report_to`. SIGTERM (what Slurm sends before a time limit) ends it after the current iteration with its state
-    saved, by `Interrupted`. Raises ValueError when the folder's saved state was made with other code or packages.
+    `Suite.report_to`. SIGTERM (which Slurm sends before a time limit) ends it after the current iteration with its state
+    saved, by `Interrupted`. Raises ValueError when the folder's saved state was made by another numerics version or with
+    other packages.
     """
-    folder = RunFolder(path)
+    folder, setting = RunFolder(path), run.setting
+    accelerator = make_accelerator(setting.scale, trackers, folder.trackers)
+    accelerator.wait_for_everyone()  # the main process may have had to move an outdated run aside
     if folder.done:
         return
     judge = Judge()
     judge.start()  # before anything is written or computed: without it some answers cannot be judged
-    setting = run.setting
-    accelerator = make_accelerator(setting.scale, trackers, folder.trackers)
     if accelerator.is_main_process:
         folder.begin(run, provenance(), begun=folder.state.exists())
     accelerator.wait_for_everyone()
@@ -81,7 +82,7 @@ def train(
 
 
 def _trainable(run: RunConfig, base: Path) -> PreTrainedModel:
-    """The base model, set up to be trained as the setting says."""
+    """The base model, prepared for training as the setting says."""
     model = load_pretrained(base)
     if run.setting.scale is not None and run.setting.scale.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

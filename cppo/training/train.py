@@ -1,9 +1,9 @@
 """The training loop: rollout -> reward -> advantage -> minibatch updates -> checkpoint.
 
-Follows CPPO (arXiv:2606.10968) section 4.1. Left out on purpose: KL to a reference model and an entropy bonus (the paper
-uses neither), and more than one pass over a rollout. What several processes share and split: `cppo.training.distributed`.
-What a run leaves behind: `cppo.results.run_folder`; metrics.jsonl holds no clock, host or path, because two runs on one
-machine are compared bit for bit.
+It follows section 4.1 of the paper (arXiv:2606.10968). Left out on purpose: a Kullback-Leibler (KL) penalty towards a
+reference model and an entropy bonus (the paper uses neither), and more than one pass over a rollout. How several processes
+share the work: `cppo.training.distributed`. What a run leaves behind: `cppo.results.run_folder`. metrics.jsonl holds no
+clock, host or path, because two runs on one machine are compared bit for bit.
 
 Legend: P prompts, G responses per prompt, B = P G rows of a rollout, b rows of a micro-batch, T tokens, K top-K.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cppo import divergences
 from cppo.diagnostics import (
     QUANTILES,
     Stopwatch,
@@ -42,14 +41,14 @@ from cppo.rewards import Judge
 from cppo.rollout.types import Engine, Rollouts
 from cppo.suite.config import RunConfig
 from cppo.tasks.types import Problem
-from cppo.training.batches import Batch, BatchBuilder, MicroBatch, estimate
+from cppo.training.batches import Batch, BatchBuilder, MicroBatch, estimate, recorded
 from cppo.training.critic import ValueModel, value_loss
 from cppo.training.distributed import Learner, all_gather
 
 POSITION_BINS = 16
-"""Bins of the drift by position over the longest response."""
+"""Bins into which the positions of the longest response are divided for the drift by position."""
 DUMPED_ROWS = 8
-"""Responses whose tokens are dumped at a checkpoint, those with most masked tokens."""
+"""Responses whose tokens are dumped at a checkpoint: those with most masked tokens."""
 
 
 @dataclass
@@ -57,19 +56,19 @@ class StepMetrics:
     """Metrics accumulated over one iteration's updates."""
 
     common: Metrics
-    """Of the whole step: identical on every rank, so counted once."""
-    own: Metrics = field(default_factory=dict)
-    """Of this rank's rows; ranks add up."""
+    """Metrics of the whole step: identical on every rank, so counted once."""
+    of_rank: Metrics = field(default_factory=dict)
+    """Metrics of this rank's rows, which are added up over ranks."""
     shifts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(drift, mask) of this rank's rows, each [b, T]."""
     dumped: list[dict[str, Any]] = field(default_factory=list)
-    """Tokens of this rank's rows in the last minibatch."""
+    """Token dumps of this rank's rows in the last minibatch."""
 
     def all_ranks(self) -> "StepMetrics":
-        """The same over all ranks' rows; each rank must call it."""
+        """The same over all ranks' rows. Each rank must call it."""
         total = StepMetrics(dict(self.common))
-        for own, shifts, dumped in all_gather((self.own, self.shifts, self.dumped)):
-            add(total.common, own)
+        for of_rank, shifts, dumped in all_gather((self.of_rank, self.shifts, self.dumped)):
+            add(total.common, of_rank)
             total.shifts += shifts
             total.dumped += dumped
         return total
@@ -77,7 +76,7 @@ class StepMetrics:
 
 @dataclass
 class Trainer:
-    """A run in progress: models, optimisers and the counters that are saved with them."""
+    """A run in progress: its models and optimisers, and the counters that are saved with them."""
 
     run: RunConfig
     folder: RunFolder
@@ -116,7 +115,7 @@ class Trainer:
     # One iteration ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One rollout and its updates; appends to the streams."""
+        """Make one rollout and its updates, and append to the streams."""
         self.clock.restart()
         self.iteration += 1
         graded = self.builder.collect(self.iteration)
@@ -136,7 +135,7 @@ class Trainer:
         self.accelerator.log({name: mean for name, mean in means.items() if mean is not None}, step=self.iteration)
 
     def mismatch(self, rollouts: Rollouts) -> Metrics:
-        """The engine's error in this rank's rows of a rollout; the main process tells it once."""
+        """The engine's error in this rank's rows of a rollout. The main process prints it once."""
         metrics = self.builder.mismatch(rollouts)
         if metrics and not self.compared and self.accelerator.is_main_process:
             self.compared = True
@@ -144,16 +143,15 @@ class Trainer:
                 f"{sign} " + ", ".join(f"{label} {metrics[f'{name}/{label}'][0]:.1e}" for label in QUANTILES)
                 for sign, name in (("|log pi - log mu|", "mismatch_logp"), ("|pi - mu|", "mismatch_prob"))
             ]
-            said = "; ".join(lines)
             tqdm.write(
-                f"{self.folder.path}: engine against trainer at the same weights: {said}; the rule's parameters, which these "
-                f"must stay well below: {self.run.rule.params}",
+                f"{self.folder.path}: engine against trainer at the same weights: {'; '.join(lines)}; these must stay well "
+                f"below the rule's thresholds, which are among its parameters: {self.run.rule.params}",
                 file=sys.stderr,
             )
         return metrics
 
     def update(self, batch: Batch, first: int, metrics: StepMetrics) -> None:
-        """One optimiser step on the minibatch of prompts from the first-th on."""
+        """One optimiser step on the minibatch that begins at prompt number `first` of the rollout."""
         self.updates += 1
         setting, aggregation = self.run.setting, self.run.rule.aggregation
         count, group = setting.rollout.minibatch, setting.rollout.responses
@@ -162,16 +160,16 @@ class Trainer:
             add(metrics.common, {"skipped_updates": (1.0, 1.0), "nonfinite_updates": (0.0, 1.0)})
             return
         pieces = self.builder.micro_batches(self.builder.rank_rows(first, count), count)
-        # Made one by one when its loss is computed: otherwise all micro-batches would sit on the device at once.
+        # Each is moved to the device only when its loss is computed: otherwise all micro-batches would be there at once.
         parts = [partial(batch.micro_batch, piece, self.accelerator.device) for piece in pieces]
         share = min(1.0, self.updates / max(setting.optimizer.warmup_updates, 1))
-        # Of the whole step on every rank, so it is not reduced over ranks.
-        whole = batch_denominator(batch.rollouts.mask[rows], aggregation)
+        # Not reduced over ranks: every rank has the mask of the whole step.
+        denominator = batch_denominator(batch.rollouts.mask[rows], aggregation)
         last = first + count == setting.rollout.prompts
         dumps = last and self.iteration % setting.checkpoint_every == 0
 
         def loss(part: Callable[[], MicroBatch]) -> Tensor:
-            return self.policy_loss(part(), whole, metrics, dumps)
+            return self.policy_loss(part(), denominator, metrics, dumps)
 
         value, norm = self.actor.optimizer_step([partial(loss, part) for part in parts], share)
         if self.critic is not None:
@@ -190,7 +188,6 @@ class Trainer:
     def policy_loss(self, part: MicroBatch, denominator: float, metrics: StepMetrics, dumps: bool) -> Tensor:
         """A micro-batch's share of the loss."""
         rule, rollout, rollouts = self.run.rule, self.run.setting.rollout, part.rollouts
-        keeps = None if rule.divergence is None else divergences.estimator(rule.divergence.estimator).keeps
         now = self.actor(
             lambda policy: token_logprobs(
                 policy,
@@ -199,15 +196,15 @@ class Trainer:
                 rollouts.mask,
                 rollout.temperature,
                 topk_ids=rollouts.topk_ids,
-                full=keeps == "full",
+                full=recorded(rule.divergence).full,
             )
         )
         divergence = None if rule.divergence is None else estimate(rule.divergence, now, rollouts)
         tokens = Tokens(now.logp, rollouts.logp, part.advantages, rollouts.mask, divergence, part.position)
         horizon = rollout.max_response_tokens if rule.aggregation == "seq-mean-token-sum-norm" else None
         terms = self.rule(tokens)
-        add(metrics.own, loss_metrics(tokens, terms))
-        add(metrics.own, token_metrics(tokens, now.entropy))
+        add(metrics.of_rank, loss_metrics(tokens, terms))
+        add(metrics.of_rank, token_metrics(tokens, now.entropy))
         metrics.shifts.append((probability_shift(tokens).to("cpu"), rollouts.mask.to("cpu")))
         if dumps and self.rule.spec.traces:
             rows = (part.rows % (rollout.minibatch * rollout.responses)).tolist()
@@ -224,7 +221,7 @@ class Trainer:
     # What is written -------------------------------------------------------------------------------------------------
 
     def positions(self, shifts: list[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
-        """The iteration's drift by position."""
+        """The iteration's drift by position: a row per bin of positions."""
         if not shifts:
             return []
         longest = self.run.setting.rollout.max_response_tokens
@@ -235,14 +232,14 @@ class Trainer:
         return by_position(shift, mask, -(-longest // POSITION_BINS))
 
     def append(self, stream: str, rows: list[dict[str, Any]]) -> None:
-        """Add rows of this iteration to a stream; the main process does."""
+        """Add rows of this iteration to a stream, in the main process."""
         if self.accelerator.is_main_process:
             self.folder.append(stream, [{"iteration": self.iteration, **row} for row in rows])
 
     # Saving and resuming ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """The training state, and before it evaluation weights where the iteration is one to score."""
+        """Save the training state, and before it the weights where this iteration is one to score."""
         tensors = {"policy": self.actor.weights(), "optimizer": self.actor.optimizer_state()}
         if self.critic is not None:
             tensors |= {"critic": self.critic.weights(), "critic_optimizer": self.critic.optimizer_state()}
@@ -255,7 +252,7 @@ class Trainer:
         save_state(self.folder.state, self.iteration, tensors, info, self.folder.streams)
 
     def resume(self) -> None:
-        """Continue from the newest saved state, if any; cut the streams back to what belongs to it."""
+        """Continue from the newest saved state, if there is one, and cut the streams back to what belongs to it."""
         saved = load_latest(self.folder.state, self.folder.streams)
         if saved is None:
             return

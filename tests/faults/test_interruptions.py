@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written(whole: Reference, tmp_path: Path, capsy
         root = whole.shop.copy_to(tmp_path / "disk" / "root")
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
         assert train(whole, root) == 2
-        one_line(capsys, str(root), "cannot be written (Read-only file system)", "mend its permissions")
+        one_line(capsys, str(root), "cannot be written (Read-only file system)", "fix the permissions")
         subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "disk")], check=True)
         finish(whole, root)
 
@@ -313,5 +313,7 @@ def test_a_run_is_not_continued_by_another_numerics_version_or_other_packages(
         now = cppo.training.run.provenance()
         patch.setattr("cppo.training.run.provenance", lambda: now | {"torch": "0.0.1"})
         assert train(whole, root) == 2
-    one_line(capsys, "it was begun with torch", "this is 0.0.1; go back to that version to finish it, or delete the folder")
+    one_line(
+        capsys, "it was begun with torch", "this is 0.0.1; go back to that version to finish it, or delete the folder"
+    )
     finish(whole, root)

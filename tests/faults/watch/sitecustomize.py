@@ -1,6 +1,7 @@
-"""On PYTHONPATH: processes that were forked append what text could only cause by being run as code to $CPPO_WATCHED.
+"""On PYTHONPATH: forked processes append to $CPPO_WATCHED every event that a text can cause only by being run as code.
 
-A line an event: name and argument. `cppo.rewards.verify_worker` judges in forks of itself, so what it imports itself is not listed.
+A line is an event: its name and its argument. `cppo.rewards.verify_worker` judges in forks of itself, so its own imports are
+not listed.
 """
 
 import os

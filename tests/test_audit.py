@@ -10,8 +10,10 @@ import pytest
 from tiny import ROOT
 
 from cppo.__main__ import main
+from cppo.numerics import NUMERICS_VERSION
+from cppo.results.columns import COLUMNS, read_table
 from cppo.results.provenance import PACKAGES
-from cppo.results.tables import SUMS, as_csv, read_table
+from cppo.results.tables import SUMS, as_csv
 from cppo.system.seeds import seed
 
 PUBLISHED = sorted(path.parent.name for path in (ROOT / "results").glob("*/suite.json"))
@@ -22,11 +24,38 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+def numerics(name: str) -> str:
+    """The numerics version of a published suite."""
+    (version,) = set(read_table(ROOT / "results" / name / "runs.csv", COLUMNS["runs"])["numerics"])
+    return str(version)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_results_verify(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"results/{name}"]) == 0
     out = capsys.readouterr().out
-    assert out.count("holds  ") == 6 and "table1.md" in out and out.endswith(f"results/{name}: verified\n")
+    assert out.count("holds  ") == 6 and "table1.md" in out
+    verdict = out.splitlines()[-1]
+    if numerics(name) == str(NUMERICS_VERSION):
+        assert verdict == f"results/{name}: verified"
+    else:
+        assert "WARNING" in verdict and "verified" not in out
+
+
+def test_rows_of_another_numerics_version_are_not_called_verified(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They follow from their rows, and still the code of today gives other numbers: exit code 0, and a warning."""
+    monkeypatch.setattr("cppo.results.audit._redraw", lambda folder: [])  # the test above lets it draw
+    monkeypatch.setattr("cppo.numerics.NUMERICS_VERSION", 99)
+    assert main(["verify", "mini"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"results/mini: the tables follow from their rows, but WARNING: the rows are of numerics version {numerics('mini')}, "
+        "this code has version 99: running the suite again gives other numbers"
+    )
+    monkeypatch.setattr("cppo.numerics.NUMERICS_VERSION", int(numerics("mini")))
+    assert main(["verify", "mini"]) == 0
+    assert capsys.readouterr().out.endswith("results/mini: verified\n")
 
 
 def resum(folder: Path) -> None:
@@ -39,8 +68,8 @@ def resum(folder: Path) -> None:
 
 
 def better_score(folder: Path) -> None:
-    table = read_table(folder / "scores.csv", "scores")
-    row = table.index[(table["label"] == "cppo") & (table["correct"] < table["samples"])][-1]
+    table = read_table(folder / "scores.csv", COLUMNS["scores"])
+    row = table.index[(table["rule"] == "cppo") & (table["correct"] < table["samples"])][-1]
     table.loc[row, "correct"] += 1
     (folder / "scores.csv").write_text(as_csv(table))
 
@@ -85,14 +114,14 @@ def test_a_forgery_is_named(what: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_show_prints_the_whole_provenance(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = read_table(ROOT / "results" / "mini" / "runs.csv", "runs")
-    row = runs[(runs["label"] == "cppo") & (runs["seed"] == 1)].iloc[0]
+    runs = read_table(ROOT / "results" / "mini" / "runs.csv", COLUMNS["runs"])
+    row = runs[(runs["rule"] == "cppo") & (runs["seed"] == 1)].iloc[0]
     assert main(["show", row["run"]]) == 0
     out = capsys.readouterr().out
     for part in (
         f"run         {row['run']}: cppo, setting base, seed 1",
         "results/mini",
-        row["code_version"],
+        f"version {row['numerics']} at commit",
         row["commit"],
     ):
         assert part in out
