@@ -17,7 +17,8 @@ from cppo.results.run_folder import RunFolder, Status
 from cppo.rewards import Judge
 from cppo.rollout.engines import ENGINES, EngineSpec
 from cppo.rollout.torch_engine import TorchEngine
-from cppo.suite.config import RunConfig, Scale
+from cppo.suite.config import RunConfig
+from cppo.suite.setting import Scale
 from cppo.suite.suite import Suite
 from cppo.tasks.types import Problem
 from cppo.training.batches import problem_order, shuffled_positions
