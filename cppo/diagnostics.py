@@ -1,4 +1,4 @@
-"""What is measured of an update besides the loss, as (sum, count): entropy, drift, mismatch, effective budget.
+"""What is measured of an update besides the loss, as (sum, count): entropy, drift, mismatch; and what is written of tokens.
 
 Legend: B rows, T tokens. mu = rollout policy, pi = current policy. All without gradient.
 """
@@ -26,10 +26,10 @@ QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99, "max": 1.0}
 
 
 def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Metrics:
-    """Quantiles over tokens of abs(log pi - log mu) and abs(pi - mu) where both are of the same weights: what two
-    implementations of one policy differ by. All [B, T]. The second is in the unit of CPPO's delta and delta_b.
+    """Quantiles over tokens of abs(log pi - log mu) and abs(pi - mu) at equal weights: the numerical mismatch between the
+    inference engine and the trainer. All tensors are [B, T]. The second is in the unit of a TV threshold.
 
-    Over several processes these are means of the processes' quantiles.
+    Over several ranks these are means of the ranks' quantiles.
     """
     pi, mu = logp[mask].double(), rollout_logp[mask].double()
     errors = {"mismatch_logp": (pi - mu).abs(), "mismatch_prob": (pi.exp() - mu.exp()).abs()}
@@ -41,7 +41,7 @@ def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Metric
 
 
 def token_metrics(tokens: Tokens, entropy: Tensor) -> Metrics:
-    """Means over trained tokens.
+    """Means over trained tokens of one batch; `entropy` [B, T] is the policy's, in nats.
 
     relative_logprob_error: sum abs(log pi - log mu) / sum abs(log mu), over everything the iteration trained on.
     """
@@ -81,7 +81,7 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def account(self, tokens: int) -> dict[str, float]:
-        """Seconds of each phase and in total, and tokens a second of the two phases that handle every token."""
+        """Seconds of each phase and in total, and tokens per second of the two phases that handle every token."""
         rates = {f"{p}_tokens_per_second": tokens / self.seconds[p] for p in ("rollout", "update")}
         return {"tokens": tokens, **self.seconds, "total": time.perf_counter() - self.started, **rates}
 
@@ -95,11 +95,11 @@ def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float
     bins = (position - 1) // width
     order = torch.argsort(values, descending=True)
     values, bins = values[order], bins[order]
-    found = []
+    binned = []
     for b in range(int(bins.max()) + 1 if len(bins) else 0):
         inside = values[bins == b]  # still in falling order
         tail = inside[: max(len(inside) // 10, 1)]
-        found.append(
+        binned.append(
             {
                 "first": b * width + 1,
                 "last": (b + 1) * width,
@@ -109,7 +109,7 @@ def by_position(shift: Tensor, mask: Tensor, width: int) -> list[dict[str, float
                 "tail_sum": float(tail.sum()),
             }
         )
-    return found
+    return binned
 
 
 def by_token(
@@ -124,21 +124,21 @@ def by_token(
         columns["divergence"] = tokens.divergence
     columns |= {name: trace for name, trace in terms.traces.items() if trace.dim() == 2}
     masked = (terms.reason != int(Reason.KEPT)).sum(-1)
-    found = []
+    dumped = []
     for i in masked.argsort(descending=True, stable=True)[:count].tolist():
         trained = tokens.mask[i]
         if not bool(trained.any()):
             continue  # stands in for a rank without rows
         texts = [decode([token]) for token in responses[i][trained].tolist()]
         values = {name: x[i][trained].tolist() for name, x in columns.items()}
-        found.append({"row": rows[i], "token": texts, **values})
-    return found
+        dumped.append({"row": rows[i], "token": texts, **values})
+    return dumped
 
 
-def most_masked(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same of what `by_token` gave for several parts."""
+def most_masked(dumped: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The `count` responses with most masked tokens among those that `by_token` gave for several micro-batches."""
 
     def order(row: dict[str, Any]) -> tuple[int, int]:
         return -sum(reason != int(Reason.KEPT) for reason in row["reason"]), row["row"]
 
-    return sorted(found, key=order)[:count]
+    return sorted(dumped, key=order)[:count]

@@ -3,11 +3,11 @@
 All results are [B, T], carry no gradient, and are computed in float32 (float64 stays float64).
 Legend: B responses, T tokens, K top-K entries of mu, V vocabulary. q = mu, p = pi.
 
-They are ordered: binary <= top_k(replace) <= top_k(union) <= exact, for TV and for KL (data processing inequality).
-Values at padded positions are meaningless; the objectives ignore them.
+For total variation (TV) and for the Kullback-Leibler divergence (KL) they are ordered by the data processing inequality:
+binary <= top_k(replace) <= top_k(union) <= exact. Values at padded positions mean nothing; the objectives ignore them.
 
 A suite names one of them by `divergence: {estimator: top_k, kind: tv, k: 20}`. One of your own is a function of what was
-recorded, registered with what the rollout must keep of mu:
+recorded, and is registered with what the rollout must keep of mu:
 
     @register(keeps="sampled", kinds=("tv",))
     def half(seen: Recorded, kind: str) -> Tensor: ...       # divergence: {estimator: "my_module:half"}
@@ -27,8 +27,8 @@ from cppo.system.plugins import Registry
 Kind = Literal["tv", "kl"]
 Support = Literal["union", "replace"]
 
-# Probability mass below which a category is treated as this small: keeps the logarithm of an empty "other" finite.
 MIN_MASS = 1e-12
+"""The smallest probability mass of a category, so that the logarithm of an empty "other" stays finite."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -163,12 +163,12 @@ class Estimator:
 
     def __call__(self, seen: Recorded, kind: str, **options: Any) -> Tensor:
         """D_t [B, T]. Raises ValueError for a result of another shape."""
-        found = self.function(seen, kind, **options).detach()
-        if found.shape != seen.logp.shape:
+        result = self.function(seen, kind, **options).detach()
+        if result.shape != seen.logp.shape:
             raise ValueError(
-                f"divergence {self.name}: expected shape {tuple(seen.logp.shape)}, got {tuple(found.shape)}"
+                f"divergence {self.name}: expected shape {tuple(seen.logp.shape)}, got {tuple(result.shape)}"
             )
-        return found
+        return result
 
 
 _REGISTRY: Registry[Estimator] = Registry("divergence estimator", "@divergences.register(...)")
@@ -178,7 +178,7 @@ def register(keeps: Keeps, kinds: Iterable[str], options: Iterable[str] = ()) ->
     """Register an estimator under its function's name (without a leading underscore).
 
     keeps: what the rollout must keep of mu. kinds: the kinds of divergence that it knows. options: further keys of a
-    suite's `divergence` that it takes by keyword, of `support`.
+    suite's `divergence` that it takes by keyword; `support` is the only one so far.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,6 +1,6 @@
-"""The only reduction: an objective's per-token terms to one loss, over the whole optimiser step's denominator.
+"""The only reduction: from an objective's terms per token to one loss, over the denominator of the whole optimiser step.
 
-Metrics are name -> (sum, count), so micro-batches and ranks add up; divide at the very end, once.
+Metrics are name -> (sum, count), so that micro-batches and ranks add up; they are divided once, at the very end.
 """
 
 from typing import Literal, get_args
@@ -67,7 +67,7 @@ def reduce_terms(
 
 
 def check_aggregation(aggregation: str, horizon: int | None) -> None:
-    """ValueError unless the mode is known and has a positive horizon exactly when it needs one."""
+    """Raise ValueError unless the mode is known and has a positive horizon exactly when it needs one."""
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation: {aggregation!r} is not one of {', '.join(get_args(Aggregation))}")
     if (aggregation == "seq-mean-token-sum-norm") != (horizon is not None):

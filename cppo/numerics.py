@@ -10,5 +10,5 @@ A run is begun, continued, scored and collected under one version only: `cppo.re
 NUMERICS_VERSION = 1
 """
 0   What was published before versions were counted.
-1   Tasks, settings and rules under their present names; run ids are new.
+1   Tasks, settings and rules have their present names; run ids are new.
 """

@@ -1,7 +1,7 @@
 """Statistics of scores: Avg@k, hierarchical and paired bootstrap, probability of improvement.
 
 Pure functions of arrays; randomness is an explicit `np.random.Generator`.
-Left out on purpose: tests of significance and ranks. An interval and a probability of improvement say what a p-value
+Tests of significance and ranks are left out on purpose. An interval and a probability of improvement say what a p-value
 hides, and with few seeds a rank says nothing.
 
 Legend: S seeds (runs), P problems (of all benchmarks, one after the other), R bootstrap resamples. Scores are shares in
@@ -96,7 +96,7 @@ def paired_bootstrap(
 
 
 def seed_bootstrap(values: npt.ArrayLike, rng: np.random.Generator, *, resamples: int = 2000) -> Floats:
-    """[R, ...] bootstrap means of `values` [S, ...] over seeds only, for quantities known once per run (reward, length).
+    """[R, ...] bootstrap means of `values` [S, ...] over seeds only, for quantities with one value per run (reward, length).
 
     NaN entries are left out; a resample without any other entry is NaN.
     Raises ValueError for no seeds or resamples < 1.

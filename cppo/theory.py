@@ -25,7 +25,7 @@ from cppo.objectives.divergence import position_weight
 
 @dataclass(frozen=True)
 class Pair:
-    """N pairs of tabular policies; entry t of `mu` and `pi` is [N, V^(t-1), V], one distribution a prefix."""
+    """N pairs of tabular policies; entry t of `mu` and `pi` is [N, V^(t-1), V], one distribution per prefix."""
 
     mu: tuple[Tensor, ...]
     """The rollout policy mu, positive everywhere."""

@@ -226,12 +226,12 @@ def search(
     optimizer = torch.optim.Adam(leaves, lr=lr)
     finds = []
     for _ in range(steps):
-        ratio, found = _measure(claim, pair_from_logits(leaves[:horizon], leaves[horizon:]))
-        finds.append(found)
+        ratio, largest = _measure(claim, pair_from_logits(leaves[:horizon], leaves[horizon:]))
+        finds.append(largest)
         optimizer.zero_grad()
         ratio.log().sum().neg().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return max(finds, key=lambda found: found.ratio)
+    return max(finds, key=lambda find: find.ratio)
 
 
 def _measure(claim: Claim, pair: Pair) -> tuple[Tensor, Found]:

@@ -32,9 +32,7 @@ VECTORS, RULES, CONFORMANCE, GOLDEN = (f"test_{name}.py" for name in ("vectors",
 DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, MODEL_TESTS = (
     f"test_{name}.py" for name in ("divergences", "loss", "advantages", "models")
 )
-STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS, THEORY_TESTS = (
-    f"test_{name}.py" for name in ("statistics", "plugins", "config", "theory")
-)
+STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS = (f"test_{name}.py" for name in ("statistics", "plugins", "config"))
 
 
 class Mutant(NamedTuple):
@@ -268,8 +266,6 @@ MUTANTS = (
            STATISTICS_TESTS),
     Mutant("unjudged problems count as wrong", "statistics.py", "known = (judged > 0) @", "known = np.ones_like(judged) @",
            STATISTICS_TESTS),
-    Mutant("theory: W with its own token", "theory.py", "weights.cumsum(-1)[:-1], (1, 0)", "weights.cumsum(-1)[1:], (1, 0)",
-           THEORY_TESTS),
     # Log-probabilities of tokens.
     Mutant("statistics: no temperature in the gradient", LOGPROBS, "            to_logits.div_(ctx.temperature)\n", "",
            MODEL_TESTS),

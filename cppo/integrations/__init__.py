@@ -16,7 +16,7 @@ from cppo.objectives import Objective, Tokens, objective
 
 @dataclass(frozen=True)
 class SampledTokenLoss:
-    """An objective whose divergence comes from the sampled token alone.
+    """The loss of an objective whose divergence comes from the sampled token alone.
 
     >>> rule = SampledTokenLoss.of("dppo", {"delta": 0.2}, {"estimator": "binary", "kind": "tv"})
     >>> rule.objective.params.delta
@@ -25,7 +25,7 @@ class SampledTokenLoss:
 
     objective: Objective
     kind: divergences.Kind | None
-    """Of the binary divergence; None = none is computed."""
+    """The kind of the binary divergence; None = no divergence is computed."""
 
     @classmethod
     def of(
@@ -56,7 +56,7 @@ class SampledTokenLoss:
         horizon: int | None = None,
         denominator: float | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """`policy_loss` of one batch, all tensors [B, T]."""
+        """The loss (a scalar) and the metrics of one batch, as `policy_loss`; all tensors are [B, T], `mask` is bool."""
         divergence = None if self.kind is None else divergences.binary(logp, rollout_logp, self.kind)
         tokens = Tokens(logp, rollout_logp, advantages, mask, divergence)
         return policy_loss(self.objective, tokens, aggregation, horizon, denominator)

@@ -24,7 +24,6 @@ from trl import GRPOConfig, GRPOTrainer
 from cppo.integrations import SampledTokenLoss
 from cppo.loss import Aggregation, batch_denominator, check_aggregation
 
-# Part of TRL's own loss, which is not used.
 IGNORED = [
     "loss_type",
     "epsilon",
@@ -45,7 +44,9 @@ IGNORED = [
     "vespo_lambda_pos",
     "vespo_lambda_neg",
 ]
+"""Settings of TRL's own loss, which is not used."""
 TRUNCATING = ("top_p", "top_k", "min_p", "repetition_penalty")
+"""Settings that truncate or distort the sampling distribution."""
 MULTIMODAL = [
     "pixel_values",
     "image_grid_thw",
@@ -58,10 +59,11 @@ MULTIMODAL = [
     "mm_token_type_ids",
     "image_position_ids",
 ]
+"""Keys of TRL's batch that a model of images takes besides token ids."""
 
 
 class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
-    """A GRPOTrainer whose loss is one of our objectives, with_anchor on the rollout policy.
+    """A GRPOTrainer whose loss is one of our objectives, anchored on the rollout policy.
 
     objective, params: a name of `cppo.objectives.names()` or "module:function", and its hyper-parameters.
     divergence: {"estimator": "binary", "kind": "tv" or "kl"}; needed by the divergence rules.
@@ -134,10 +136,10 @@ class TrustRegionTrainer(GRPOTrainer):  # type: ignore[misc]
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         images = {key: batch[key] for key in MULTIMODAL if key in batch}
         width = batch["completion_ids"].shape[1]
-        found: tuple[Tensor, Any, Any] = self._get_per_token_logps_and_entropies(
+        computed: tuple[Tensor, Any, Any] = self._get_per_token_logps_and_entropies(
             model, ids, attention, width, **images, **options
         )
-        return found
+        return computed
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         logp, entropy, auxiliary = self._token_logprobs(
@@ -183,7 +185,7 @@ def trained(batch: dict[str, Any]) -> Tensor:
 
 
 def check_arguments(args: Any) -> None:
-    """ValueError for a setting of GRPOConfig that this trainer could only ignore, or that makes its numbers wrong."""
+    """Raise ValueError for a setting of GRPOConfig that this trainer would ignore, or that makes its numbers wrong."""
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for name in IGNORED:
         if getattr(args, name) != defaults[name]:

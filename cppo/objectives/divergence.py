@@ -14,7 +14,7 @@ from cppo.objectives.types import Reason, Terms, Tokens
 
 
 def toward_one(tokens: Tokens) -> Tensor:
-    """bool [B, T]: a gradient step moves the ratio toward one (or not at all); such updates are always kept."""
+    """bool [B, T]: whether a gradient step moves the ratio toward one, or not at all; such updates are always kept."""
     return tokens.advantages.sign() * (ratio(tokens).detach() - 1) <= 0
 
 
@@ -93,7 +93,7 @@ def cppo(cfg: CPPO, tokens: Tokens) -> Terms:
     c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1}) with exclusive prefix sums over all trained tokens, masked ones
     included.
     Differences from DPPO: 1. D_t is weighted by w_t, which falls from 1 to w_min. 2. the threshold shrinks when the
-    prefix has drifted more than delta_b a token on average.
+    prefix has drifted by more than delta_b per token on average.
     Source: CPPO (arXiv:2606.10968) Eq. 8-11, 19-20, 22, Algorithm 1.
     """
     sums = prefix_sums(cfg, tokens)

@@ -1,7 +1,7 @@
-"""Laws that every objective must keep, whatever its mathematics; `python -m cppo check my_module:my_rule` tries them.
+"""Laws that every objective must keep, whatever its mathematics; `cppo check my_module:my_rule` checks them.
 
-A broken law means a loss that depends on padding, on the micro-batch size or on the order of rows, or a gradient that
-is not what the rule says. A law is a function of an objective and a batch that raises AssertionError when it is broken.
+Where a law is broken, the loss depends on padding, on the size of micro-batches or on the order of rows, or the gradient is
+not what the rule says. A law is a function of an objective and a batch, and raises AssertionError when it is broken.
 
 Legend: B responses, T tokens.
 """
@@ -21,7 +21,7 @@ from cppo.objectives.types import padded_like
 
 MODES: tuple[Aggregation, ...] = get_args(Aggregation)
 TWO_MODES: tuple[Aggregation, ...] = ("token-mean", "seq-mean-token-mean")
-"""Where only the rule is in question, not the reduction."""
+"""The aggregations for laws that are about the rule alone, not about the reduction."""
 
 Result = tuple[Tensor, Tensor, Metrics]
 """Loss, its gradient in `logp` [B, T], metrics."""
@@ -63,7 +63,7 @@ EXAMPLE = example()
 
 
 def each_field(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
-    """`change` applied to every field that is there."""
+    """The tokens with `change` applied to every field that is not None."""
     return Tokens(**{name: change(x) for name, x in vars(tokens).items() if x is not None})
 
 
@@ -73,12 +73,12 @@ def rows(tokens: Tokens, index: Tensor | list[int] | slice) -> Tokens:
 
 
 def widened(tokens: Tokens, columns: int) -> Tokens:
-    """`columns` more columns of padding."""
+    """The batch with so many more columns of padding."""
     return each_field(tokens, lambda x: torch.nn.functional.pad(x, (0, columns)))
 
 
 def spoiled(tokens: Tokens, value: float) -> Tokens:
-    """`value` in every field outside the mask."""
+    """The batch with `value` in every field outside the mask."""
 
     def spoil(x: Tensor) -> Tensor:
         return torch.where(tokens.mask, x, value if x.is_floating_point() else -(2**62))
@@ -87,7 +87,7 @@ def spoiled(tokens: Tokens, value: float) -> Tokens:
 
 
 def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
-    """The floating-point fields in `dtype`."""
+    """The batch with its floating-point fields in `dtype`."""
     return each_field(tokens, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
@@ -112,31 +112,31 @@ def result_of(rule: Objective, tokens: Tokens, mode: Aggregation, denominator: f
 
 
 def require(condition: object, message: str) -> None:
-    """AssertionError unless the condition holds (also under `python -O`)."""
+    """Raise AssertionError unless the condition holds (also under `python -O`)."""
     if not condition:
         raise AssertionError(message)
 
 
-def require_close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-11) -> None:
-    """AssertionError that says by how much two tensors differ."""
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-        raise AssertionError(f"{what} differs by up to {float((found - expected).abs().max()):.3g}")
+def require_close(result: Tensor, expected: Tensor, what: str, tolerance: float = 1e-11) -> None:
+    """Raise AssertionError, saying by how much they differ, unless two tensors are close."""
+    if not torch.allclose(result, expected, rtol=tolerance, atol=tolerance):
+        raise AssertionError(f"{what} differs by up to {float((result - expected).abs().max()):.3g}")
 
 
-def require_same(found: Result, expected: Result, when: str) -> None:
-    """Equal losses, gradients and metrics."""
-    require_close(found[0], expected[0], f"{when}: the loss")
-    require_close(found[1], expected[1], f"{when}: the gradient")
-    require(found[2].keys() == expected[2].keys(), f"{when}: other metrics")
+def require_same(result: Result, expected: Result, when: str) -> None:
+    """Raise AssertionError unless losses, gradients and metrics are close."""
+    require_close(result[0], expected[0], f"{when}: the loss")
+    require_close(result[1], expected[1], f"{when}: the gradient")
+    require(result[2].keys() == expected[2].keys(), f"{when}: other metrics")
     for name in expected[2]:
-        one, other = (torch.tensor(m[2][name], dtype=torch.float64) for m in (found, expected))
+        one, other = (torch.tensor(m[2][name], dtype=torch.float64) for m in (result, expected))
         require_close(one, other, f"{when}: the metric {name}")
 
 
-def require_equal_terms(found: Terms, expected: Terms, when: str, *fields: str) -> None:
-    """Equal bit for bit."""
+def require_equal_terms(result: Terms, expected: Terms, when: str, *fields: str) -> None:
+    """Raise AssertionError unless these fields of the terms are equal bit for bit."""
     for name in fields or ("surrogate", "gate", "reason"):
-        same = torch.equal(getattr(found, name).nan_to_num(), getattr(expected, name).nan_to_num())
+        same = torch.equal(getattr(result, name).nan_to_num(), getattr(expected, name).nan_to_num())
         require(same, f"{when}: another {name}")
 
 
@@ -401,14 +401,14 @@ LAWS: dict[str, Law] = {
 
 def check(rule: Objective) -> dict[str, str | None]:
     """Each law with None if the rule keeps it, else what went wrong; an exception of the rule breaks the law too."""
-    found: dict[str, str | None] = {}
+    outcome: dict[str, str | None] = {}
     for name, law in LAWS.items():
         try:
             law(rule)
         except AssertionError as error:
-            found[name] = (str(error) or "an assertion of the rule failed").splitlines()[0]
+            outcome[name] = (str(error) or "an assertion of the rule failed").splitlines()[0]
         except Exception as error:  # a user's rule may raise anything; the report is the place for it
-            found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            outcome[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            found[name] = None
-    return found
+            outcome[name] = None
+    return outcome

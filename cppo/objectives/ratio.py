@@ -1,7 +1,7 @@
 """Rules on the importance ratio rho_t = pi(y_t) / mu(y_t): GPG, PG, PPO, GRPO, CISPO.
 
-The clip rules are written as a mask: a clipped token's published loss is a constant, here it is 0; the gradient is the
-same, and so is which tokens count as masked.
+The clip rules are written as a mask. The published loss of a clipped token is a constant; here it is 0. The gradient is the
+same, and the same tokens count as masked.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from torch import Tensor
 from cppo.objectives.registry import register
 from cppo.objectives.types import Reason, Terms, Tokens
 
-# Every release clamps the log-ratio here, so that a broken log-probability cannot overflow the exponential.
 MAX_LOG_RATIO = 20.0
+"""Every release clamps the log-ratio at this value, so that a broken log-probability cannot overflow the exponential."""
 
 
 def log_ratio(tokens: Tokens) -> Tensor:
@@ -48,7 +48,7 @@ def hard_gate(surrogate: Tensor, keep: Tensor, reason: Tensor | int = Reason.THR
 
 
 def positive(**values: float | None) -> None:
-    """ValueError for a setting that is given and not above 0."""
+    """Raise ValueError for a parameter that is given and not above 0."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}: {value} must be above 0 (or null for none)")
@@ -63,7 +63,7 @@ class GPG:
 def gpg(cfg: GPG, tokens: Tokens) -> Terms:
     """A log pi(y_t) without an importance ratio: plain REINFORCE, exact on the first update of a rollout only.
 
-    Used with `gpg` advantages. Source: GPG (arXiv:2504.02546), as in verl.
+    It is used with `gpg` advantages. Source: GPG (arXiv:2504.02546), as in verl.
     """
     return hard_gate(tokens.advantages * tokens.logp, torch.ones_like(tokens.mask))
 
@@ -110,7 +110,7 @@ class PPO:
 def ppo(cfg: PPO, tokens: Tokens) -> Terms:
     """Clipped surrogate min(A rho, A clip(rho)): drops tokens that left the clip range in their advantage's direction.
 
-    Used with GAE advantages from a critic, which is what makes it PPO here; the critic is not part of the objective.
+    It is used with advantages from a critic (`gae`), which is what makes it PPO; the critic is not part of the objective.
     Source: CPPO (arXiv:2606.10968) Eq. 2; Schulman et al. (arXiv:1707.06347).
     """
     rho = ratio(tokens)

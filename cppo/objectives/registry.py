@@ -50,9 +50,9 @@ class Spec:
 
     def needs_of(self, params: Any) -> frozenset[str]:
         """What it needs with these parameters."""
-        found = frozenset(self.needs(params) if callable(self.needs) else self.needs)
-        assert found <= NEEDS.keys(), f"objective {self.name}: unknown needs {sorted(found - NEEDS.keys())}"
-        return found
+        needs = frozenset(self.needs(params) if callable(self.needs) else self.needs)
+        assert needs <= NEEDS.keys(), f"objective {self.name}: unknown needs {sorted(needs - NEEDS.keys())}"
+        return needs
 
 
 _REGISTRY: Registry[Spec] = Registry("objective", "@register()")

@@ -14,8 +14,8 @@ from cppo.objectives.ratio import clipped, hard_gate, log_ratio, positive, weigh
 from cppo.objectives.registry import register
 from cppo.objectives.types import Reason, Terms, Tokens
 
-# verl's limit of GSPO's mean log-ratio.
 MAX_SEQUENCE_LOG_RATIO = 10.0
+"""verl's limit of GSPO's mean log-ratio."""
 
 
 def mean_over(x: Tensor, mask: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class GSPO:
 def gspo(cfg: GSPO, tokens: Tokens) -> Terms:
     """PPO's clip on the response's geometric-mean ratio s_i = exp(mean log rho).
 
-    Difference from PPO: one ratio a response, so a clipped response is dropped whole.
+    Difference from PPO: there is one ratio per response, so a clipped response is dropped whole.
     Source: GSPO (arXiv:2507.18071); the token form with the same gradient follows verl.
     """
     sequence = mean_over(log_ratio(tokens).detach(), tokens.mask).clamp(max=MAX_SEQUENCE_LOG_RATIO).exp()
@@ -81,9 +81,9 @@ class TRM:
     """Parameters of `trm`."""
 
     delta_max: float | None = 0.05
-    """Largest token divergence of a kept response (TRM-Max); null = not tested."""
+    """Largest token divergence of a kept response (TRM-Max); null = it is not tested."""
     delta_mean: float | None = None
-    """Largest mean divergence of a kept response (TRM-Avg); null = not tested. Both given: both must hold."""
+    """Largest mean divergence of a kept response (TRM-Avg); null = it is not tested. If both are given, both must hold."""
     cap: float | None = 20.0
     """Largest importance weight; null = the differentiable, uncapped ratio."""
 
@@ -97,7 +97,7 @@ class TRM:
 def trm(cfg: TRM, tokens: Tokens) -> Terms:
     """Drops the whole response when its largest (or mean) token divergence is too large, in either direction.
 
-    Difference from DPPO: one decision a response instead of one a token; rejected rows stay in the denominator.
+    Difference from DPPO: there is one decision per response instead of one per token; rejected rows stay in the denominator.
     Source: TRM (arXiv:2512.23075), on KL(mu, pi); the two criteria are compared singly in CPPO (arXiv:2606.10968).
     """
     divergence, mask = divergence_of(tokens), tokens.mask
