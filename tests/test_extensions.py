@@ -72,7 +72,9 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     }
     setting |= {"iterations": 2, "checkpoint_every": 2, "scale": {"engine": "rounded", "engine_tolerance": 0.5}}
     setting["warm_start"] |= {"target_accuracy": 0.0, "check_every": 20, "max_steps": 20}
-    rules = [entry for section in ("A rule", "An advantage", "A divergence") for entry in entries(f"{section} of your own")]
+    rules = [
+        entry for section in ("A rule", "An advantage", "A divergence") for entry in entries(f"{section} of your own")
+    ]
     suite = smoke | {"seeds": [0], "rules": rules}
     (folder / "config" / "extended.yaml").write_text(yaml.safe_dump(suite))
     return folder, costs

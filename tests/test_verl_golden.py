@@ -43,7 +43,5 @@ def verl_loss(name: str, logp: Tensor, batch: Tokens, aggregation: Aggregation, 
 
 @pytest.mark.parametrize("name", names())
 def test_numbers_are_the_stored_ones(name: str) -> None:
-    moved = golden.differences(
-        golden.integration_trace(name, verl_loss), golden.stored("integrations")["traces"][name]
-    )
+    moved = golden.differences(golden.integration_trace(name, verl_loss), golden.stored("integrations")["traces"][name])
     assert not moved, f"{len(moved)} numbers moved, the first: {moved[0]}: {golden.REMEDY}"

@@ -48,7 +48,7 @@ use rule train as train_halt with:
     params:
         added=add_rule("halt", objective="halting:halt", params={"limit": 0.2}),
 """
-OF_EVERY_RUN = {"base": 1, "evaluate_base": 1, "train": 2, "evaluate": 2, "collect": 1}
+OF_EVERY_RUN = {"data": 1, "base": 1, "evaluate_base": 1, "train": 2, "evaluate": 2, "collect": 1}
 """What the micro suite's base model and two runs take."""
 
 

@@ -188,9 +188,7 @@ def path_in_a_name(rng: random.Random) -> Bad:
     if place == "resources":
         return dump({**SMOKE, "resources": {name: {}}}), "resources"
     if place == "params_by_setting":
-        return dump(
-            at(("rules", 0), {**SMOKE["rules"][0], "params_by_setting": {name: {}}})
-        ), "params_by_setting"
+        return dump(at(("rules", 0), {**SMOKE["rules"][0], "params_by_setting": {name: {}}})), "params_by_setting"
     return dump(at(place, name)), "name"  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
 """The workflow through a real Slurm of one node (onenode.sh): the smoke suite, and training jobs that Slurm ends early.
 
-Needs Debian's apt-get, for Slurm itself; no root. Not part of `make test`: `make test-slurm`.
+It needs Debian's apt-get, for Slurm itself, and no root. It is not part of `make test`: run `make test-slurm`.
 """
 
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("apt-get") is None, reason="Slurm's
 
 SCRIPT = str(ROOT / "tests" / "slurm" / "onenode.sh")
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm"]
-# Short jobs on one machine: look at them more often, and no network file system is to be waited for.
+# The jobs are short and on one machine: look at them more often, and wait for no network file system.
 SNAKEMAKE += ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
 DAWDLING = '''
 """PG that takes its time, so that a test can interrupt it."""
@@ -40,7 +40,7 @@ from cppo.objectives.ratio import hard_gate, log_ratio
 
 @dataclass(frozen=True)
 class Dawdle:
-    """No settings."""
+    """No parameters."""
 
 
 @register()
@@ -51,11 +51,11 @@ def dawdle(cfg: Dawdle, tokens: Tokens) -> Terms:
 '''
 NAP = 0.5
 ITERATIONS = 60
-"""With about two naps each, more than the limit of a minute allows."""
+"""Iterations of a run: with about two naps each, they take more than the limit of one minute allows."""
 
 
 class Cluster:
-    """What the tests ask Slurm."""
+    """The questions that the tests ask Slurm."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -106,17 +106,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout with a suite of two settings: one will be cancelled, one is given too little time."""
+    """A copy of the checkout with a suite of two settings: one run will be cancelled, the other is given too little time."""
     folder = tmp_path_factory.mktemp("checkout")
     copy_checkout(folder)
     (folder / "dawdling.py").write_text(DAWDLING)
     suite = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
-    # One checkpoint at the end: who continues, continues from what was saved at SIGTERM.
+    # There is one checkpoint, at the end: a job that continues does so from what was saved at SIGTERM.
     tiny = suite["settings"]["tiny"] | {"iterations": ITERATIONS, "checkpoint_every": ITERATIONS}
     suite |= {
         "seeds": [0],
         "settings": {"cancelled": tiny, "limited": tiny},
-        "objectives": [{"name": "dawdle", "objective": "dawdling:dawdle"}],
+        "rules": [{"name": "dawdle", "objective": "dawdling:dawdle"}],
         "resources": {"cancelled": {"gpus": 2, "cpus": 2}, "limited": {"hours": 1 / 60}},
     }
     (folder / "config" / "interrupted.yaml").write_text(yaml.safe_dump(suite))
@@ -128,7 +128,7 @@ def lines(path: Path) -> int:
 
 
 def uninterrupted(checkout: Path, run: RunConfig, processes: int) -> bytes:
-    """The metrics of the run when nothing stops it, without Slurm, by as many processes: two round otherwise."""
+    """The metrics of the run when nothing stops it, without Slurm, by as many processes, for their number changes rounding."""
     for part in (run.base.folder, run.base.data):
         shutil.copytree(checkout / "runs" / part, checkout / "alone" / part)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -161,7 +161,7 @@ def test_jobs_that_slurm_ends_are_retried_and_resume(
     assert code == 0, output[-5000:]
 
     processes = {"cancelled": 2, "limited": 1}
-    # Each was ended once at least, and its last attempt continued.
+    # Each job was ended at least once, and its last attempt continued.
     for setting, run in runs.items():
         *ended, last = cluster.jobs(comments[setting])
         print(setting, [state for _, state in ended], last)

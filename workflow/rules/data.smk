@@ -14,6 +14,8 @@ rule data:
         cpus_per_task=1,
         mem_mb=lambda w, attempt: 4000 * attempt,
         runtime=lambda w, attempt: 60 * attempt,
+    params:
+        numerics=NUMERICS_VERSION,  # problems are drawn by seed, which a change of numerics may concern
     shell:
         "python -m cppo data --suite $CPPO_SUITE --setting {wildcards.setting} 2> >(tee {log} >&2)"
 
