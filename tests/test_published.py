@@ -162,7 +162,7 @@ def edit(folder: Path, file: str, **keys: Any) -> None:
 
 
 BROKEN = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"no Hugging Face checkpoint \(config.json is missing\)"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"not a Hugging Face checkpoint \(config.json is missing\)"),
     "pickled weights": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         r"holds no weights as safetensors but pytorch_model.bin",
