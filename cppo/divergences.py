@@ -10,7 +10,7 @@ A suite names one of them by `divergence: {estimator: top_k, kind: tv, k: 20}`. 
 recorded, and is registered with what the rollout must keep of mu:
 
     @register(keeps="sampled", kinds=("tv",))
-    def half(seen: Recorded, kind: str) -> Tensor: ...       # divergence: {estimator: "my_module:half"}
+    def half(seen: Recorded, kind: str) -> Tensor: ...  # divergence: {estimator: "my_module:half"}
 
 Source: CPPO (arXiv:2606.10968) section 2.3 and appendix D; DPPO (arXiv:2602.04879).
 """
