@@ -32,7 +32,9 @@ VECTORS, RULES, CONFORMANCE, GOLDEN = (f"test_{name}.py" for name in ("vectors",
 DIVERGENCE_TESTS, LOSS_TESTS, ADVANTAGE_TESTS, MODEL_TESTS = (
     f"test_{name}.py" for name in ("divergences", "loss", "advantages", "models")
 )
-STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS = (f"test_{name}.py" for name in ("statistics", "plugins", "config"))
+STATISTICS_TESTS, PLUGIN_TESTS, CONFIG_TESTS, BATCH_TESTS, FOLDER_TESTS = (
+    f"test_{name}.py" for name in ("statistics", "plugins", "config", "batches", "run_folder")
+)
 
 
 class Mutant(NamedTuple):
@@ -256,11 +258,22 @@ MUTANTS = (
     Mutant("a module's comments count", "system/plugins.py", "node.body = statements or [ast.Pass()]", "pass", PLUGIN_TESTS),
     Mutant("a module's code does not count", "system/plugins.py", "ast.unparse(tree).encode()", "b''", PLUGIN_TESTS),
     Mutant("a later key is always hashed", "suite/schema.py",
-           "LATER in field.metadata and here == field.get_default(call_default_factory=True)", "False", CONFIG_TESTS),
+           "(LATER in field.metadata and at_default)", "False", CONFIG_TESTS),
     Mutant("a later key is never hashed", "suite/schema.py",
-           "LATER in field.metadata and here == field.get_default(call_default_factory=True)", "LATER in field.metadata",
+           "(LATER in field.metadata and at_default)", "LATER in field.metadata",
            CONFIG_TESTS),
-    # Scores and the paper's constants.
+    # Rollouts, models and folders.
+    Mutant("rows cut to the number of trained tokens", "rollout/types.py",
+           "width = int(trained.max()) + 1 if len(trained) else 1", "width = max(int(self.mask[index].sum(-1).max()), 1)",
+           BATCH_TESTS),
+    Mutant("any head is loaded", "models/load.py", "    check_head(model, folder)\n", "", MODEL_TESTS),
+    Mutant("a head's probe with small logits", "models/load.py", "lambda module, inputs, output: output * factor",
+           "lambda module, inputs, output: output", MODEL_TESTS),
+    Mutant("work of another numerics version is continued", "results/run_folder.py",
+           "if version in (None, str(NUMERICS_VERSION)):", "if True:", FOLDER_TESTS),
+    Mutant("work from before versions were counted is continued", "results/run_folder.py", 'before.get("numerics", "0")',
+           'before.get("numerics")', FOLDER_TESTS),
+    # Scores.
     Mutant("scores weighted by a benchmark's size", "statistics.py",
            "by_benchmark(correct, samples, benchmark).mean(axis=-1)", "by_benchmark(correct, samples).mean(axis=-1)",
            STATISTICS_TESTS),

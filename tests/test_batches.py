@@ -89,7 +89,7 @@ def test_decoupled_anchor_weights_the_advantages(tmp_path: Path) -> None:
 
 
 def test_overlong_shaping_lowers_rewards_near_the_limit_only(tmp_path: Path) -> None:
-    """24 tokens at most, buffer 10: 0 up to 14 tokens, then a tenth a token, -1 at 24. Verdicts stay as they are."""
+    """24 tokens at most, buffer 10: 0 up to 14 tokens, then a tenth per token, -1 at 24. Verdicts stay as they are."""
     run = run_with(tmp_path, {"objective": "grpo"}, overlong_buffer=10)
     sampled = builder(run).sample(1)
     lengths = sampled.rollouts.lengths

@@ -28,7 +28,7 @@ from cppo.training.distributed import check_trackers, make_accelerator, rank_sli
 from cppo.training.run import train
 from cppo.training.train import StepMetrics, Trainer
 
-# prompts, prompts a minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
+# prompts, prompts per minibatch, scale. Two ranks get 1 and 2 of 3 prompts; in pieces of 5 rows the first has one piece, then
 # none. A minibatch of 1 prompt leaves the first rank without a row in every update.
 SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ddp": (6, 3, {"sharding": "ddp", "micro_rows": 5}),

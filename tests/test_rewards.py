@@ -129,7 +129,7 @@ def test_plain_integers_start_no_worker() -> None:
         (boxed("seven"), "7", 0.0),
         (boxed("1/0"), "7", 0.0),
         (boxed(r"\infty"), "7", 0.0),
-        # What stands beside a box that says nothing, or not the right thing, is no answer either.
+        # What stands beside a box that says nothing, or not the right thing, is not an answer either.
         (boxed("") + " $7$", "7", 0.0),
         (boxed("???") + " The answer is $7$", "7", 0.0),
         (boxed("16/2") + " The final answer is $7$. I hope it is correct.", "7", 0.0),
@@ -138,7 +138,7 @@ def test_plain_integers_start_no_worker() -> None:
         ("$" + boxed("3") + "$, no, $" + boxed("7") + "$", "7", 1.0),
         ("$" + boxed("7") + "$, no, $" + boxed("3") + "$", "7", 0.0),
         (boxed("3") + " and " + boxed("4"), "3,4", 1.0),
-        # A gold answer that math-verify cannot read is compared as text: another text is no wrong answer.
+        # A gold answer that math-verify cannot read is compared as text: another text is not a wrong answer.
         (boxed(r"50\%"), r"50\%", 1.0),
         (boxed(r"49\%"), r"50\%", None),
         # The gold answer says nothing: could not judge.

@@ -137,7 +137,7 @@ def _trainer(run: RunConfig, base: Path, problems: tuple[Problem, ...], folder: 
 
 
 def test_each_epoch_asks_every_problem_once() -> None:
-    """10 problems, 4 a rollout: five rollouts are two epochs, each a permutation."""
+    """10 problems, 4 per rollout: five rollouts are two epochs, each a permutation."""
     asked = [i for draw in range(5) for i in problem_order(10, 4, draw, "s", 0)]
     assert sorted(asked[:10]) == sorted(asked[10:]) == list(range(10))
     assert asked[:10] != asked[10:]

@@ -1,4 +1,4 @@
-"""One writer a run directory."""
+"""One writer per run directory."""
 
 import json
 import os

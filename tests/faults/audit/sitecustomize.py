@@ -1,7 +1,8 @@
 """On PYTHONPATH: every Python process that looks up a global while unpickling is ended, with a line that says where.
 
 `make smoke` runs with it, so the workflow, its jobs, their workers and lm-eval are all watched. Python imports a module of this
-name at its start. Exempt is what multiprocessing sends itself through its own pipes; a run of the smoke suite needs no other.
+name at its start. Messages of multiprocessing through its own pipes are exempt; a run of the smoke suite needs no other
+exemption.
 """
 
 import os
