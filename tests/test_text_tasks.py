@@ -1,4 +1,4 @@
-"""Problems in words, published or of one's own: their schemas, what is dropped and counted, what one line refuses."""
+"""Problems in words, published or of one's own: how they look, what is dropped and counted, and what is refused in one line."""
 
 import json
 import socket
