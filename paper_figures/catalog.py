@@ -34,7 +34,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Panels of the ablation figures: title -> names of the suite's rules, in the order of the legend."""
 
-TRACES = {"figure3": ("weighted", "threshold", "prefix_threshold"), "figure7": ("delta_b",)}
+TRACES = {"figure3": ("weighted", "threshold"), "figure7": ("delta_b",)}
 """What a figure draws of the rules that show all of it (`Terms.traces`)."""
 
 

@@ -2,8 +2,8 @@
 
     python paper_figures/figure3.py results/mini --out results/mini/figures
 
-One panel for each objective whose rules show "weighted", "threshold" and "prefix_threshold" (`Terms.traces`). The window is not
-chosen by eye. The rule is the objective's first one in the suite with recorded responses. The response is the one with the most
+One panel for each objective whose rules show "weighted" and "threshold", and "prefix_threshold" if they have one
+(`Terms.traces`). The window is not chosen by eye. The rule is the objective's first one in the suite with recorded responses. The response is the one with the most
 tokens rejected by the prefix budget, then with the most rejected tokens, then the first in the table. The window is the at most
 40 tokens with the most budget rejections, then with the most rejections, then the earliest.
 """
@@ -24,6 +24,8 @@ WIDTH = 40
 COLUMNS = (
     "run", "rule", "setting", "seed", "iteration", "row", "position", "token", *catalog.TRACES["figure3"], "reason",
 )  # fmt: skip
+PREFIX = "prefix_threshold"
+"""A trace that is drawn for the rules that show it."""
 KINDS = {
     "kept": ("0.75", "kept"),
     "toward": ("0.45", "kept: moves ratio towards 1"),
@@ -55,9 +57,12 @@ def panel(ax: Axes, results: Results, tokens: pd.DataFrame) -> None:
     bars = ax.bar(x, tokens["weighted"], width=0.8, color=[KINDS[key][0] for key in each])
     for bar, key in zip(bars, each, strict=True):
         bar.set(hatch="////" if key == "threshold" else "", edgecolor="white", linewidth=0)
-    name = "prefix-adjusted threshold"
-    ax.step(x, tokens["prefix_threshold"], where="mid", color="#56B4E9", linewidth=4, alpha=0.6, label=name)
-    ax.step(x, tokens["threshold"], where="mid", color="#0072B2", linewidth=2.2, label="effective: the lower one")
+    name = "threshold"
+    if PREFIX in tokens:
+        look = {"color": "#56B4E9", "linewidth": 4, "alpha": 0.6}
+        ax.step(x, tokens[PREFIX], where="mid", label="prefix-adjusted threshold", **look)
+        name = "effective: the lower one"
+    ax.step(x, tokens["threshold"], where="mid", color="#0072B2", linewidth=2.2, label=name)
     delta = results.params_of(first["rule"], first["setting"]).get("delta")
     if delta is not None:
         ax.step(x, [delta] * len(x), where="mid", color="0.2", linewidth=1, dashes=(3, 3), label=r"$\delta$")
@@ -92,7 +97,8 @@ def shown(results: Results) -> list[str]:
 
 def window(results: Results, rule: str) -> pd.DataFrame:
     """The tokens shown of a rule, by position (the module's docstring says which)."""
-    table = results.table("tokens", COLUMNS)
+    columns = (*COLUMNS, PREFIX) if PREFIX in results.entry(rule)["traces"] else COLUMNS
+    table = results.table("tokens", columns)
     table = table[table["rule"] == rule]
     table = table.assign(budget=table["reason"] == Reason.BUDGET, masked=table["reason"] > 0)
     keys = ["run", "iteration", "row"]

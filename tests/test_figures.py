@@ -486,9 +486,9 @@ def copy(two: Path, tmp_path: Path) -> Iterator[Path]:
         (
             "figure3",
             "suite.json",
-            '"prefix_threshold"',
+            '"weighted"',
             '"other"',
-            "no rule of the suite shows weighted, threshold, prefix_thr",
+            "no rule of the suite shows weighted, threshold",
         ),
         ("figure3", "tokens.csv", ",cppo,", ",pg,", "tokens.csv: no row of a rule that shows weighted"),
         ("figure7", "suite.json", '"delta_b": 0.02', '"delta_b": null', "no rule of the suite shows delta_b"),
