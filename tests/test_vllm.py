@@ -264,7 +264,7 @@ def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.Capt
     """Two iterations and the scores of their checkpoints, with a mismatch line at the start and metrics in each iteration."""
     run = vllm_run(tmp_path / "suite", UNTIED, iterations=2, checkpoint_every=1)
     problems = run.setting.task.load(run.setting_name)[0]["train"]
-    folder, before = tmp_path / "run", engines()
+    folder, before = tmp_path / run.folder, engines()
     train(run, base, problems, folder)
     assert json.loads((folder / "DONE").read_text()) == {"iterations": 2, "collapsed_at": None}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -278,7 +278,7 @@ def test_training_and_evaluation(base: Path, tmp_path: Path, capsys: pytest.Capt
 
     suite = ["--suite", str(tmp_path / "suite" / "suite.yaml"), "--root", str(tmp_path)]
     assert main(["data", *suite, "--setting", "tiny"]) == 0
-    evaluate(run, folder, tmp_path / run.base.data)
+    evaluate(folder)
     scores = read_scores(folder / "scores.csv")
     assert {score.iteration for score in scores} == {1, 2}
     assert all(score.samples == run.evaluation.samples and score.mean_length >= 1 for score in scores)
