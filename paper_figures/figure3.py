@@ -3,9 +3,10 @@
     python paper_figures/figure3.py results/mini --out results/mini/figures
 
 One panel for each objective whose rules show "weighted" and "threshold", and "prefix_threshold" if they have one
-(`Terms.traces`). The window is not chosen by eye. The rule is the objective's first one in the suite with recorded responses. The response is the one with the most
-tokens rejected by the prefix budget, then with the most rejected tokens, then the first in the table. The window is the at most
-40 tokens with the most budget rejections, then with the most rejections, then the earliest.
+(`Terms.traces`). The window is not chosen by eye. The rule is the objective's first one in the suite with recorded responses.
+The response is the one with the most tokens rejected by the prefix budget, then with the most rejected tokens, then the first
+in the table. The window is the at most 40 tokens with the most budget rejections, then with the most rejections, then the
+earliest.
 """
 
 import sys
