@@ -6,8 +6,9 @@
 Operators are +, - (operand 0 to 9) and * (operand 3, 7 or 9). All are bijective in the running digit, so a slip persists.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -50,19 +51,11 @@ class Chain:
             a = result
         return f"{text}{BOXED}{a}}}"
 
-    def results(self) -> list[int]:
-        """The true running digits."""
+    def results(self, result: Callable[[Step], int] = apply) -> list[int]:
+        """The running digits when each step has this result: by default the true ones. A slip is carried on."""
         values, a = [], self.start
         for operator, b in self.steps:
-            a = apply((operator, a, b))
-            values.append(a)
-        return values
-
-    def noisy_results(self, table: NoisyTable[Step], rng: np.random.Generator) -> list[int]:
-        """The running digits of one demonstration. A slip is carried on."""
-        values, a = [], self.start
-        for operator, b in self.steps:
-            a = table.shown((operator, a, b), rng)
+            a = result((operator, a, b))
             values.append(a)
         return values
 
@@ -98,7 +91,7 @@ class ChainTask(GeneratedTask):
         table, rng = self.table(setting_name), numpy_generator("demonstrations", setting_name)
         while True:
             chain = random_chain(int(rng.choice(self.sizes)), rng)
-            yield chain.question, chain.response(chain.noisy_results(table, rng))
+            yield chain.question, chain.response(chain.results(partial(table.shown, rng=rng)))
 
     def response_tokens(self, size: int) -> int:
         """See `GeneratedTask.response_tokens`."""

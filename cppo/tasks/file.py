@@ -12,6 +12,7 @@ stand in the box. What makes a set of problems whole is told in `cppo.tasks.read
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,10 +67,7 @@ class FileTask(TextTask):
         sets: dict[str, tuple[Problem, ...]] = {}
         report: Report = {}
         with Judge() as judge:
-
-            def judgeable(asked: Problem) -> bool:
-                return self.verify(f"\\boxed{{{asked.answer}}}", asked, judge) == 1.0
-
+            judgeable = partial(self.accepts_gold, judge=judge)
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted.path)
                 problems, counts = held_out(wanted.name, rows, judgeable, wanted.path)

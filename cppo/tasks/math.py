@@ -1,8 +1,8 @@
 r"""Family `math`: competition mathematics in words, from published problem sets; the paper's task.
 
 Every name stands for one file of one repository of the Hugging Face hub at the commit that the suite names, or for the same
-file in a local folder, <data_dir>/<name>/*.parquet (.jsonl, .csv). What makes a
-set of problems whole is told in `cppo.tasks.reading`.
+file in a local folder, <data_dir>/<name>/*.parquet (.jsonl, .csv). What makes a set of problems whole is told in
+`cppo.tasks.reading`.
 
 The file of DAPO-Math-17k repeats about 17 thousand problems a hundred times and wraps each question in a request for a last
 line "Answer: ...". The wrapping is removed; the suite's `instruction` says what is asked of the model.
@@ -11,6 +11,7 @@ line "Answer: ...". The wrapping is removed; the suite's `instruction` says what
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -177,10 +178,7 @@ class MathTask(TextTask):
         sets: dict[str, tuple[Problem, ...]] = {}
         report: Report = {}
         with Judge() as judge:
-
-            def judgeable(asked: Problem) -> bool:
-                return self.verify(f"\\boxed{{{asked.answer}}}", asked, judge) == 1.0
-
+            judgeable = partial(self.accepts_gold, judge=judge)
             for wanted in self.benchmarks:
                 rows, origin = self._rows(wanted)
                 problems, counts = held_out(wanted.name, rows, judgeable, wanted.name)

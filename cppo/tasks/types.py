@@ -115,6 +115,10 @@ class Task(Config):
         """
         return judge.verdict(response, asked.answer)
 
+    def accepts_gold(self, asked: Problem, judge: Judge) -> bool:
+        """Whether the problem's own gold answer, put in a box, is judged right."""
+        return self.verify(f"{BOXED}{asked.answer}}}", asked, judge) == 1.0
+
     def first_seeds(self, setting_name: str) -> list[Axes]:
         """The axes of the first random draw of each kind that the problems depend on."""
         return []
